@@ -1,0 +1,137 @@
+"""Where images come from, in what order they are drawn, and how unusable input is refused."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+log = logging.getLogger("data")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class BadInput(Exception):
+    """Something a person can put right. Programs answer with its text on one line of stderr and exit status 2."""
+
+
+def program(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates the `main` of a command-line program: quiet logging, and BadInput as one clear line."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        try:
+            main()
+        except BadInput as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def writable_folder(path: str) -> Path:
+    """The folder, made if need be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
+    return folder
+
+
+class Images(Dataset):
+    """Images in memory with their class. Item i >= len(pixels) is the mirror image of item i - len(pixels)."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], mirror: bool = False):
+        self.pixels, self.labels, self.classes, self.mirror = pixels, labels, classes, mirror  # uint8 (n, 3, H, W)
+
+    def __len__(self) -> int:
+        return len(self.pixels) * (2 if self.mirror else 1)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once: x_0 (B, 3, H, W) in [-1, 1] and labels (B,)."""
+        index = torch.tensor(indices)
+        i = index % len(self.pixels)
+        x = self.pixels[i].float() / 127.5 - 1
+        return torch.where((index >= len(self.pixels)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
+
+
+def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
+    """All images below `folder/split/<class>/`, or below `folder` where there is no such split.
+
+    A folder named cifar10* that holds no images is filled by torchvision's download (which checks the archive's md5
+    before it opens it). Broken files are skipped, named in the log, and counted. The images must be square and all of
+    one size, `resolution` where it is given.
+    """
+    root = Path(folder) / split if (Path(folder) / split).is_dir() else Path(folder)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files and Path(folder).name.startswith("cifar10"):
+        return _torchvision_cifar10(folder, split, mirror)
+    if not files:
+        raise BadInput(f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
+    classes = sorted({path.parent.name for path in files})
+    pixels, labels, broken = [], [], 0
+    for path in tqdm(files, desc=f"images {root}", unit="img", leave=False, mininterval=1):
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files, by format
+            log.warning("skipped %s: %s", path, error)
+            broken += 1
+            continue
+        size = resolution or (pixels[0].shape[0] if pixels else array.shape[0])
+        if array.shape != (size, size, 3):
+            raise BadInput(f"{path} is {array.shape[1]}x{array.shape[0]} pixels, expected {size}x{size}")
+        pixels.append(array)
+        labels.append(classes.index(path.parent.name))
+    if broken:
+        log.warning("skipped %d broken of %d files in %s", broken, len(files), root)
+    if not pixels:
+        raise BadInput(f"no readable images in {root}: all {broken} are broken")
+    return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), classes, mirror)
+
+
+def _torchvision_cifar10(folder: str, split: str, mirror: bool) -> Images:
+    try:
+        cifar = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"no images in {folder}, and CIFAR-10 could not be downloaded: {error}") from None
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    return Images(pixels, torch.tensor(cifar.targets), cifar.classes, mirror)
+
+
+class EndlessBatches(Sampler):
+    """Batches of indices from shuffled epochs without end; the position in the stream is a plain number.
+
+    A batch of the whole run is `batch_size * world` consecutive indices, of which each process takes its own rows. So
+    the stream depends neither on the number of processes nor on where a run was interrupted.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = (self.start * self.world + self.rank) * self.batch_size
+        epoch, order = -1, []
+        while True:
+            batch = []
+            for p in range(position, position + self.batch_size):
+                if p // self.length != epoch:
+                    epoch = p // self.length
+                    shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.length, generator=shuffle).tolist()
+                batch.append(order[p % self.length])
+            yield batch
+            position += self.batch_size * self.world

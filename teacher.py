@@ -1,0 +1,300 @@
+"""Teachers: everything that differs between 2-D points and images is behind the class `Teacher`.
+
+A teacher is a folder (or hub id) of a diffusers pipeline; its kind is read from `model_index.json`. A finished student
+is such a folder too, so it is loaded by the same function. `python teacher.py --data ...` trains a teacher.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+
+import training
+from data import BadInput, load_images, program
+from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
+from toy import DISTRIBUTIONS, GaussianMixture, PointMLP
+
+
+class Teacher:
+    """A frozen diffusion model, and all that distillation, sampling and evaluation must know about its kind.
+
+    Subclasses say what one sample is and where data come from. Conditions are dictionaries of the network's keyword
+    arguments; the base class knows class labels, where the network has them, with its last label as "no class".
+    """
+
+    shape: tuple[int, ...]  # of one sample
+    default_data: str | None = None
+    recipe: dict = {}  # defaults of distill.py's flags for this kind
+    training_recipe: dict = {}  # the same for teacher.py's
+
+    def __init__(self, pipeline: DDPMPipeline):
+        self.pipeline = pipeline
+        self.network: nn.Module = pipeline.unet.eval().requires_grad_(False)
+        # A student's LCMScheduler and a teacher's scheduler share their noise schedule.
+        config = pipeline.scheduler.config
+        self.schedule = Schedule(pipeline.scheduler.alphas_cumprod)
+        self.prediction_type: str = config.prediction_type
+        labels = self.network.config.get("num_class_embeds")
+        self.null_label = None if labels is None else labels - 1
+        self.is_student = isinstance(pipeline.scheduler, LCMScheduler)
+
+    # -- what a kind of teacher must say ------------------------------------------------------------------------------
+
+    def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
+        """Data whose batches are (x_0, label) pairs."""
+        raise NotImplementedError
+
+    def picture(self, samples: Tensor, columns: int) -> Image.Image:
+        """One picture of a batch of samples."""
+        raise NotImplementedError
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        self.network.to(device)
+        return self
+
+    def condition(self, label: Tensor) -> dict[str, Tensor]:
+        return {} if self.null_label is None else {"class_labels": label}
+
+    def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(x_0, ε̃) at x (B, ...) and times t (B,), with guidance w (Eq. 18). Both passes are one batch; w = 0 is one."""
+        if w and not cond:
+            raise BadInput("guidance needs a class-conditional teacher: this one has no labels")
+        if w:
+            both = {"class_labels": torch.cat([cond["class_labels"], torch.full_like(cond["class_labels"], self.null_label)])}
+            output = self.network(torch.cat([x, x]), torch.cat([t, t]), **both).sample.float()
+            output = guided(*output.chunk(2), w)
+        else:
+            output = self.network(x, t, **cond).sample.float()
+        return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
+
+    def copy_network(self) -> nn.Module:
+        """A trainable copy: where a student starts."""
+        return copy.deepcopy(self.network).train().requires_grad_(True)
+
+    # -- folders ------------------------------------------------------------------------------------------------------
+
+    def save_student(self, weights: dict[str, Tensor], folder: Path, original_inference_steps: int) -> None:
+        """The teacher's pipeline with a student's weights and the scheduler of few-step sampling."""
+        network = copy.deepcopy(self.network)
+        network.load_state_dict(weights)
+        scheduler = LCMScheduler.from_config(
+            self.pipeline.scheduler.config,
+            original_inference_steps=original_inference_steps,
+            clip_sample=False,
+            thresholding=False,
+        )
+        save_pipeline(network, scheduler, folder)
+
+
+def save_pipeline(network: nn.Module, scheduler, folder: Path) -> None:
+    """A DDPMPipeline folder, complete before any part of it takes the place of an older one."""
+    draft = folder / "pipeline.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    DDPMPipeline(unet=network.cpu(), scheduler=scheduler).save_pretrained(draft)
+    for part in sorted(draft.iterdir()):  # model_index.json sorts before the components; it is the same in every save
+        target = folder / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    draft.rmdir()
+
+
+class ImageTeacher(Teacher):
+    """A U-Net on pixels: `DDPMPipeline` of `UNet2DModel`, with or without class labels."""
+
+    recipe = {
+        "max_train_steps": 2500,
+        "train_batch_size": 64,
+        "learning_rate": 2e-4,
+        "mixed_precision": "bf16",
+        "validation_steps": 500,
+        "num_eval_samples": 0,
+    }
+    training_recipe = {
+        "max_train_steps": 6000,
+        "train_batch_size": 64,
+        "learning_rate": 1e-3,
+        "mixed_precision": "bf16",
+        "beta_schedule": "linear",
+    }
+
+    def __init__(self, pipeline: DDPMPipeline):
+        super().__init__(pipeline)
+        config = self.network.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
+        return load_images(data, split, resolution=self.shape[1], mirror=mirror)
+
+    def picture(self, samples: Tensor, columns: int) -> Image.Image:
+        return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1).unsqueeze(0))[0])
+
+    @staticmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        """A small U-Net (2.5 M weights) for the images in `data`, and these images."""
+        images = load_images(data, mirror=True)
+        size = images.pixels.shape[-1]
+        if size % 8:
+            raise BadInput(f"the images of {data} are {size} pixels wide; this U-Net needs a multiple of 8")
+        return UNet2DModel(
+            sample_size=size,
+            block_out_channels=(16, 32, 64, 128),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=32,
+            num_class_embeds=len(images.classes) + 1 if class_conditional else None,
+        ), images
+
+
+def to_pixels(samples: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded as diffusers' image processor does."""
+    return ((samples / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Points(Dataset):
+    """Points in memory with the mixture component that each came from."""
+
+    def __init__(self, points: Tensor, labels: Tensor):
+        self.points, self.labels = points, labels
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.points[indices], self.labels[indices]
+
+
+class PointTeacher(Teacher):
+    """An MLP on 2-D points: `DDPMPipeline` of `PointMLP`."""
+
+    shape = (2,)
+    recipe = {
+        "max_train_steps": 3000,
+        "train_batch_size": 512,
+        "learning_rate": 1e-3,
+        "validation_steps": 0,
+        "num_eval_samples": 4096,
+    }
+    training_recipe = {
+        "max_train_steps": 4000,
+        "train_batch_size": 512,
+        "learning_rate": 2e-3,
+        "beta_schedule": "scaled_linear",
+    }
+
+    def __init__(self, pipeline: DDPMPipeline):
+        super().__init__(pipeline)
+        self.default_data = f"toy:{self.network.config.distribution}"
+
+    def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
+        seed = {"train": 1, "test": 2}[split]
+        return Points(*distribution(data).sample(2**16, torch.Generator().manual_seed(seed)))
+
+    @staticmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        if class_conditional:
+            raise BadInput("--class_conditional is for images")
+        points = Points(*distribution(data).sample(2**16, torch.Generator().manual_seed(1)))
+        return PointMLP(distribution=data.removeprefix("toy:")), points
+
+
+def distribution(data: str) -> GaussianMixture:
+    name = data.removeprefix("toy:")
+    if name not in DISTRIBUTIONS:
+        raise BadInput(f"unknown 2-D distribution {data!r}: choose from {', '.join('toy:' + n for n in DISTRIBUTIONS)}")
+    return DISTRIBUTIONS[name]
+
+
+KINDS = {("DDPMPipeline", "UNet2DModel"): ImageTeacher, ("DDPMPipeline", "PointMLP"): PointTeacher}
+
+
+def kind_of_data(data: str) -> type[Teacher]:
+    return PointTeacher if data.startswith("toy:") else ImageTeacher
+
+
+def load(name: str) -> Teacher:
+    """The teacher (or student) in a pipeline folder or under a hub id."""
+    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
+        raise BadInput(f"{name} is no pipeline folder: it has no model_index.json")
+    try:
+        index = DiffusionPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
+    kind = KINDS.get((index.get("_class_name"), (index.get("unet") or [None, None])[1]))
+    if kind is None:
+        raise BadInput(f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
+    try:
+        return kind(DDPMPipeline.from_pretrained(name, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training a teacher: ordinary denoising, Eq. 8 in the units of the prediction type
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="teacher.py", description="Train a teacher on images or on a 2-D distribution.")
+    p.add_argument("--data", required=True, help="folder of images, or toy:<name>")
+    p.add_argument("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
+    p.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"], default="v_prediction")
+    p.add_argument("--beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"])
+    p.add_argument("--ema_decay", type=float, default=0.999, help="of the weights that are saved")
+    training.add_arguments(p)
+    p.set_defaults(lr_scheduler="cosine", max_grad_norm=1.0)
+    return p
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains a network of the kind that `args.data` asks for and saves its average as a pipeline folder."""
+    network, dataset = kind_of_data(args.data).new_network(args.data, args.class_conditional)
+    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type)
+    average = copy.deepcopy(network).requires_grad_(False)
+    run = training.Run(args, network, dataset, {"average": average})
+    schedule = Schedule(scheduler.alphas_cumprod)
+    null_label = network.config.get("num_class_embeds", None)
+
+    def loss_of(x0: Tensor, label: Tensor, t: Tensor, drop: Tensor, noise: Tensor) -> Tensor:
+        alpha, sigma = schedule.at(t, x0.ndim)
+        wanted = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[args.prediction_type]
+        cond = {} if null_label is None else {"class_labels": torch.where(drop < 0.1, null_label - 1, label)}
+        with run.accelerator.autocast():
+            output = run.model(alpha * x0 + sigma * noise, t, **cond).sample
+        return distance(output, wanted, "l2")
+
+    for step, batches in run:
+        draws = draw((run.total_batch_size, *dataset[[0]][0].shape[1:]), len(schedule), 1, run.generator(step))
+        mine = [[d[run.rows(i)].to(run.accelerator.device) for d in draws] for i in range(args.gradient_accumulation_steps)]
+        loss = run.optimize(loss_of(*batch, *d) for batch, d in zip(batches, mine, strict=True))
+        ema_update(average, run.accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
+        run.log(step, loss=loss)
+        run.checkpoint(step)
+    if run.accelerator.is_main_process:
+        save_pipeline(average, scheduler, run.folder)
+        print(f"teacher: {run.folder}")
+
+
+@program
+def main() -> None:
+    p = parser()
+    known, _ = p.parse_known_args()
+    p.set_defaults(**kind_of_data(known.data).training_recipe)
+    train(p.parse_args())
+
+
+if __name__ == "__main__":
+    main()

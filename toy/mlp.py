@@ -1,0 +1,28 @@
+"""A diffusion network for points, with the calling convention and the time embedding of diffusers' U-Nets."""
+
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+
+class PointMLP(ModelMixin, ConfigMixin):
+    """Residual MLP (B, 2) -> (B, 2). `distribution` remembers, in the saved config, what it was fitted to."""
+
+    @register_to_config
+    def __init__(self, width: int = 128, depth: int = 3, time_dim: int = 64, distribution: str = "8gaussians"):
+        super().__init__()
+        self.time_proj = Timesteps(time_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(time_dim, width)
+        self.first = nn.Linear(2, width)
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)]) for _ in range(depth))
+        self.last = nn.Linear(width, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+        emb = self.time_embedding(self.time_proj(timestep.expand(len(sample))))
+        h = self.first(sample)
+        for inner, outer in self.blocks:
+            h = h + outer(silu(inner(silu(h + emb))))
+        return UNet2DOutput(sample=self.last(silu(h)))

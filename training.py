@@ -1,0 +1,230 @@
+"""The machinery of a long training run, once: accelerate, AdamW, warm-up, clipping, progress, checkpoints, resuming.
+
+What is trained, and by which loss, is the caller's. Its loop stays readable from top to bottom:
+
+    run = Run(args, model, dataset)
+    for step, batches in run:
+        loss = run.optimize(loss_of(model, batch) for batch in batches)
+        run.log(step, loss=loss)
+        run.checkpoint(step)
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import BadInput, EndlessBatches, writable_folder
+
+# Flags that may differ between a checkpoint and the run that resumes it, because they do not change what is computed.
+FREE_FLAGS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_eval_samples",
+    "report_to",
+    "dataloader_num_workers",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every training program, spelt as diffusers' training scripts spell them."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", required=True, help="everything the run writes lies below this folder")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    group.add_argument("--max_train_steps", type=int, help="optimizer steps (paper: 6,000 for SD1.5, 80,000 for SD2.1)")
+    group.add_argument("--train_batch_size", type=int, help="per process (paper: 1024 over 16 GPUs)")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per optimizer step")
+    group.add_argument("--learning_rate", type=float, help="of AdamW (paper: 8e-6)")
+    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="a name that diffusers knows")
+    group.add_argument("--lr_warmup_steps", type=int, default=100)
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="paper: 0")
+    group.add_argument("--max_grad_norm", type=float, default=10.0, help="L2 norm of gradient clipping (paper: 10)")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
+    group.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint folder')
+    group.add_argument("--report_to", choices=["tensorboard"], help="beside metrics.jsonl, which is always written")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
+
+
+class Run:
+    """One training run. `frozen` modules change outside the optimizer (averages) and are checkpointed with the model.
+
+    Iterating yields (step, batches): the step's number from 1, and an iterator over its micro-batches, each on the
+    run's device. Everything random is a function of (seed, step), so a resumed run repeats an uninterrupted one.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, dataset: Dataset, averages: dict[str, nn.Module]):
+        check_positive(
+            args, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"
+        )
+        self.args, self.folder, self.averages = args, writable_folder(args.output_dir), averages
+        # The step is decided by this class, so accelerate must not scale the warm-up by the number of processes.
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            step_scheduler_with_optimizer=False,
+            log_with=args.report_to,
+            project_dir=str(self.folder),
+        )
+        set_seed(args.seed, device_specific=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
+        for module in averages.values():
+            module.to(self.accelerator.device)
+        self.dataset, self.step = dataset, 0
+        if args.resume_from_checkpoint:
+            self._resume(args.resume_from_checkpoint)
+        if args.report_to:
+            self.accelerator.init_trackers("splam")
+
+    @property
+    def total_batch_size(self) -> int:
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random numbers of one step, the same on every process: each draws for all and keeps its own rows."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_000_007 + step)
+
+    def rows(self, micro_step: int) -> slice:
+        """The rows of a whole step's batch that this process sees in its `micro_step`-th micro-batch."""
+        first = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        return slice(first * self.args.train_batch_size, (first + 1) * self.args.train_batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, Iterator]]:
+        args, accelerator = self.args, self.accelerator
+        sampler = EndlessBatches(
+            len(self.dataset),
+            args.train_batch_size,
+            args.seed,
+            start=self.step * args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+        loader = DataLoader(
+            self.dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        stream = iter(loader)
+        self.bar = tqdm(
+            total=args.max_train_steps,
+            initial=self.step,
+            unit="step",
+            mininterval=1,
+            disable=not accelerator.is_main_process,
+        )
+        while self.step < args.max_train_steps:
+            self.step += 1
+            micro_batches = (next(stream) for _ in range(args.gradient_accumulation_steps))
+            yield self.step, ([x.to(accelerator.device) for x in batch] for batch in micro_batches)
+            self.bar.update()
+        self.bar.close()
+
+    def optimize(self, losses: Iterable[torch.Tensor]) -> float:
+        """One optimizer step from the losses of its micro-batches, each computed when asked for; their mean."""
+        total = 0.0
+        losses = iter(losses)
+        for _ in range(self.args.gradient_accumulation_steps):
+            with self.accelerator.accumulate(self.model):
+                loss = next(losses)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                total += loss.item() / self.args.gradient_accumulation_steps
+        self.lr_scheduler.step()
+        return total
+
+    def log(self, step: int, **values: float) -> None:
+        """One line of metrics.jsonl, and the progress bar."""
+        if not self.accelerator.is_main_process:
+            return
+        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.bar.set_postfix({"loss": f"{values['loss']:.4g}"}, refresh=False)
+        if self.args.report_to:
+            self.accelerator.log(values, step=step)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _configuration(self) -> dict:
+        fixed = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
+        batch = fixed.pop("train_batch_size") * fixed.pop("gradient_accumulation_steps")
+        return {**fixed, "total_batch_size": batch * self.accelerator.num_processes}
+
+    def checkpoint(self, step: int) -> None:
+        """Every `--checkpointing_steps`, and at the end: checkpoint-N, written under another name and renamed."""
+        if step % self.args.checkpointing_steps and step != self.args.max_train_steps:
+            return
+        final, draft = self.folder / f"checkpoint-{step}", self.folder / f"checkpoint-{step}.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(draft))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for name, module in self.averages.items():
+                save_file(module.state_dict(), draft / f"{name}.safetensors")
+            (draft / "configuration.json").write_text(json.dumps(self._configuration(), indent=2))
+            if final.exists():
+                shutil.rmtree(final)
+            draft.rename(final)
+            for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, name: str) -> None:
+        found = checkpoints(self.folder)
+        if name == "latest" and not found:
+            raise BadInput(f"no checkpoint to resume from in {self.folder}")
+        path = found[-1] if name == "latest" else Path(name)
+        if not (path / "configuration.json").is_file():
+            raise BadInput(f"{path} is not a checkpoint of this program")
+        there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
+        differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+        if differing:
+            pairs = ", ".join(f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing)
+            raise BadInput(f"{path} is of another configuration: {pairs}")
+        # accelerate unpickles optimizer and random states with weights_only=True, which executes no code.
+        self.accelerator.load_state(str(path))
+        for key, module in self.averages.items():
+            module.load_state_dict(load_file(path / f"{key}.safetensors", device=str(self.accelerator.device)))
+        self.step = int(path.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
