@@ -51,30 +51,32 @@ def writable_folder(path: str) -> Path:
 
 
 class Images(Dataset):
-    """Images in memory with their class. Item i >= len(pixels) is the mirror image of item i - len(pixels)."""
+    """Images in memory with their class. Item i >= len(samples) is the mirror image of item i - len(samples)."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], mirror: bool = False):
-        self.pixels, self.labels, self.classes, self.mirror = pixels, labels, classes, mirror  # uint8 (n, 3, H, W)
+        self.samples, self.labels, self.classes, self.mirror = pixels, labels, classes, mirror  # uint8 (n, 3, H, W)
 
     def __len__(self) -> int:
-        return len(self.pixels) * (2 if self.mirror else 1)
+        return len(self.samples) * (2 if self.mirror else 1)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once: x_0 (B, 3, H, W) in [-1, 1] and labels (B,)."""
         index = torch.tensor(indices)
-        i = index % len(self.pixels)
-        x = self.pixels[i].float() / 127.5 - 1
-        return torch.where((index >= len(self.pixels)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
+        i = index % len(self.samples)
+        x = self.samples[i].float() / 127.5 - 1
+        return torch.where((index >= len(self.samples)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
 
 
 def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
-    """All images below `folder/split/<class>/`, or below `folder` where there is no such split.
+    """All images below `folder/split/<class>/`; below `folder` itself for the train split of a folder without splits.
 
     A folder named cifar10* that holds no images is filled by torchvision's download (which checks the archive's md5
     before it opens it). Broken files are skipped, named in the log, and counted. The images must be square and all of
     one size, `resolution` where it is given.
     """
-    root = Path(folder) / split if (Path(folder) / split).is_dir() else Path(folder)
+    root = Path(folder) / split
+    if split == "train" and not root.is_dir():
+        root = Path(folder)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not files and Path(folder).name.startswith("cifar10"):
         return _torchvision_cifar10(folder, split, mirror)

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 import training
 from data import BadInput, load_images, program
-from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
-from toy import DISTRIBUTIONS, GaussianMixture, PointMLP
+from splam import Schedule, distance, draw, ema_update, guided, sub_path_point, to_x0_eps
+from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
 
 
 class Teacher:
@@ -35,9 +35,10 @@ class Teacher:
     default_data: str | None = None
     recipe: dict = {}  # defaults of distill.py's flags for this kind
     training_recipe: dict = {}  # the same for teacher.py's
+    evaluation: dict = {}  # DDIM steps of the table and samples a row
 
-    def __init__(self, pipeline: DDPMPipeline):
-        self.pipeline = pipeline
+    def __init__(self, pipeline: DDPMPipeline, name: str):
+        self.pipeline, self.name = pipeline, name
         self.network: nn.Module = pipeline.unet.eval().requires_grad_(False)
         # A student's LCMScheduler and a teacher's scheduler share their noise schedule.
         config = pipeline.scheduler.config
@@ -53,8 +54,12 @@ class Teacher:
         """Data whose batches are (x_0, label) pairs."""
         raise NotImplementedError
 
-    def picture(self, samples: Tensor, columns: int) -> Image.Image:
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
         """One picture of a batch of samples."""
+        raise NotImplementedError
+
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """One picture of several batches side by side, under their names; k is the length of the sub-paths."""
         raise NotImplementedError
 
     # -- the model ----------------------------------------------------------------------------------------------------
@@ -82,10 +87,8 @@ class Teacher:
         """A trainable copy: where a student starts."""
         return copy.deepcopy(self.network).train().requires_grad_(True)
 
-    # -- folders ------------------------------------------------------------------------------------------------------
-
-    def save_student(self, weights: dict[str, Tensor], folder: Path, original_inference_steps: int) -> None:
-        """The teacher's pipeline with a student's weights and the scheduler of few-step sampling."""
+    def student(self, weights: dict[str, Tensor], original_inference_steps: int) -> "Teacher":
+        """This teacher's pipeline with a student's weights and the scheduler of few-step sampling."""
         network = copy.deepcopy(self.network)
         network.load_state_dict(weights)
         scheduler = LCMScheduler.from_config(
@@ -94,19 +97,18 @@ class Teacher:
             clip_sample=False,
             thresholding=False,
         )
-        save_pipeline(network, scheduler, folder)
+        return type(self)(DDPMPipeline(unet=network, scheduler=scheduler), f"student of {self.name}")
 
 
-def save_pipeline(network: nn.Module, scheduler, folder: Path) -> None:
-    """A DDPMPipeline folder, complete before any part of it takes the place of an older one."""
+def save_pipeline(pipeline: DDPMPipeline, folder: Path) -> None:
+    """A pipeline folder, complete under another name before its parts take the place of an older one's."""
     draft = folder / "pipeline.tmp"
     shutil.rmtree(draft, ignore_errors=True)
-    DDPMPipeline(unet=network.cpu(), scheduler=scheduler).save_pretrained(draft)
-    for part in sorted(draft.iterdir()):  # model_index.json sorts before the components; it is the same in every save
-        target = folder / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
+    pipeline.save_pretrained(draft)
+    for part in draft.iterdir():
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        part.replace(folder / part.name)
     draft.rmdir()
 
 
@@ -129,22 +131,35 @@ class ImageTeacher(Teacher):
         "beta_schedule": "linear",
     }
 
-    def __init__(self, pipeline: DDPMPipeline):
-        super().__init__(pipeline)
+    evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000}
+
+    def __init__(self, pipeline: DDPMPipeline, name: str):
+        super().__init__(pipeline, name)
         config = self.network.config
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
         return load_images(data, split, resolution=self.shape[1], mirror=mirror)
 
-    def picture(self, samples: Tensor, columns: int) -> Image.Image:
-        return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1).unsqueeze(0))[0])
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+        return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
+
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """A row of eight images for each panel, enlarged, with the panel's name above it."""
+        scale = max(1, 96 // self.shape[1])
+        rows = [(name, self.picture(samples[:8])) for name, samples in panels.items()]
+        width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
+        image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
+        for i, (name, row) in enumerate(rows):
+            ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black")
+            image.paste(row.resize((width, height), Image.Resampling.NEAREST), (0, i * (height + text) + text))
+        return image
 
     @staticmethod
     def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
         """A small U-Net (2.5 M weights) for the images in `data`, and these images."""
         images = load_images(data, mirror=True)
-        size = images.pixels.shape[-1]
+        size = images.samples.shape[-1]
         if size % 8:
             raise BadInput(f"the images of {data} are {size} pixels wide; this U-Net needs a multiple of 8")
         return UNet2DModel(
@@ -168,13 +183,13 @@ class Points(Dataset):
     """Points in memory with the mixture component that each came from."""
 
     def __init__(self, points: Tensor, labels: Tensor):
-        self.points, self.labels = points, labels
+        self.samples, self.labels = points, labels
 
     def __len__(self) -> int:
-        return len(self.points)
+        return len(self.samples)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.points[indices], self.labels[indices]
+        return self.samples[indices], self.labels[indices]
 
 
 class PointTeacher(Teacher):
@@ -195,13 +210,45 @@ class PointTeacher(Teacher):
         "beta_schedule": "scaled_linear",
     }
 
-    def __init__(self, pipeline: DDPMPipeline):
-        super().__init__(pipeline)
+    evaluation = {"teacher_steps": [1, 2, 4, 1000], "num_samples": 4096}
+
+    def __init__(self, pipeline: DDPMPipeline, name: str):
+        super().__init__(pipeline, name)
         self.default_data = f"toy:{self.network.config.distribution}"
 
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
         seed = {"train": 1, "test": 2}[split]
         return Points(*distribution(data).sample(2**16, torch.Generator().manual_seed(seed)))
+
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+        return plots.scatter(samples)
+
+    @torch.no_grad()
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """The panels, and six PF-ODE trajectories with the lines of their sub-paths.
+
+        x_γ has less than unit variance inside a sub-path, so the line is drawn as the network sees it at the time of
+        the same noise-to-signal ratio: scaled by 1/sqrt(α_γ² + σ_γ²). So scaled it joins the ends of the sub-path.
+        """
+        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+        states = [x]
+        for time in range(len(self.schedule) - 1, 0, -1):  # DDIM steps of size 1: the PF-ODE, for the eye
+            t = torch.full((len(x),), time)
+            x0, eps = self.predict(states[-1], t, {})
+            alpha, sigma = self.schedule.at(t - 1, 2)
+            states.append(alpha * x0 + sigma * eps)
+        paths = torch.stack(states)  # [N-1-t] is the state at time t
+        chords, last = [], len(self.schedule) - 1
+        for start in range(last, 0, -k):
+            end = max(start - k, 0)
+            t, s = torch.full((len(x),), start), torch.full((len(x),), end)
+            line = []
+            for gamma in torch.linspace(1, 0, 20):
+                ends = paths[last - start], paths[last - end]
+                point = sub_path_point(*ends, t, s, gamma.expand(len(x)), self.schedule, "sl", "approx")
+                line.append(point.x * (point.alpha**2 + point.sigma**2).rsqrt())
+            chords.append(torch.stack(line))
+        return plots.overview(panels, paths, torch.stack(chords))
 
     @staticmethod
     def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
@@ -237,7 +284,7 @@ def load(name: str) -> Teacher:
     if kind is None:
         raise BadInput(f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
     try:
-        return kind(DDPMPipeline.from_pretrained(name, use_safetensors=True))
+        return kind(DDPMPipeline.from_pretrained(name, use_safetensors=True), name)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
 
@@ -262,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace) -> None:
     """Trains a network of the kind that `args.data` asks for and saves its average as a pipeline folder."""
     network, dataset = kind_of_data(args.data).new_network(args.data, args.class_conditional)
-    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type)
+    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
     average = copy.deepcopy(network).requires_grad_(False)
     run = training.Run(args, network, dataset, {"average": average})
     schedule = Schedule(scheduler.alphas_cumprod)
@@ -277,23 +324,41 @@ def train(args: argparse.Namespace) -> None:
         return distance(output, wanted, "l2")
 
     for step, batches in run:
-        draws = draw((run.total_batch_size, *dataset[[0]][0].shape[1:]), len(schedule), 1, run.generator(step))
-        mine = [[d[run.rows(i)].to(run.accelerator.device) for d in draws] for i in range(args.gradient_accumulation_steps)]
-        loss = run.optimize(loss_of(*batch, *d) for batch, d in zip(batches, mine, strict=True))
+        draws = draw((run.total_batch_size, *dataset.samples.shape[1:]), len(schedule), 1, run.generator(step))
+        loss = run.optimize(loss_of(*batch, *rows) for batch, rows in zip(batches, run.split(draws), strict=True))
         ema_update(average, run.accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
         run.log(step, loss=loss)
         run.checkpoint(step)
     if run.accelerator.is_main_process:
-        save_pipeline(average, scheduler, run.folder)
-        print(f"teacher: {run.folder}")
+        save_pipeline(DDPMPipeline(unet=average, scheduler=scheduler), run.folder)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    p = parser()
+    first, _ = p.parse_known_args(arguments)
+    p.set_defaults(**kind_of_data(first.data).training_recipe)
+    return p.parse_args(arguments)
+
+
+def fit_or_load(name: str, folder: Path, seed: int, mixed_precision: str) -> Teacher:
+    """A teacher by name. "toy:<name>" is fitted here and now, and kept in `folder`, where the next call finds it."""
+    if not name.startswith("toy:"):
+        return load(name)
+    distribution(name)
+    if not (folder / "model_index.json").is_file():
+        flags = ["--data", name, "--output_dir", folder, "--seed", seed, "--mixed_precision", mixed_precision]
+        train(parse([str(flag) for flag in flags]))
+    teacher = load(str(folder))
+    if teacher.default_data != name:
+        raise BadInput(f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")
+    return teacher
 
 
 @program
 def main() -> None:
-    p = parser()
-    known, _ = p.parse_known_args()
-    p.set_defaults(**kind_of_data(known.data).training_recipe)
-    train(p.parse_args())
+    args = parse()
+    train(args)
+    print(f"teacher: {args.output_dir}")
 
 
 if __name__ == "__main__":

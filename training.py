@@ -42,7 +42,7 @@ FREE_FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every training program, spelt as diffusers' training scripts spell them."""
     group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", required=True, help="everything the run writes lies below this folder")
+    group.add_argument("--output_dir", default="runs/8gaussians", help="everything the run writes lies below it")
     group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps (paper: 6,000 for SD1.5, 80,000 for SD2.1)")
     group.add_argument("--train_batch_size", type=int, help="per process (paper: 1024 over 16 GPUs)")
@@ -113,10 +113,12 @@ class Run:
         """The random numbers of one step, the same on every process: each draws for all and keeps its own rows."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_000_007 + step)
 
-    def rows(self, micro_step: int) -> slice:
-        """The rows of a whole step's batch that this process sees in its `micro_step`-th micro-batch."""
-        first = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        return slice(first * self.args.train_batch_size, (first + 1) * self.args.train_batch_size)
+    def split(self, draws: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """What was drawn for a whole step's batch -> the rows of each of this process's micro-batches, on its device."""
+        size, accelerator = self.args.train_batch_size, self.accelerator
+        for micro_step in range(self.args.gradient_accumulation_steps):
+            first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
+            yield [rows[first : first + size].to(accelerator.device) for rows in draws]
 
     def __iter__(self) -> Iterator[tuple[int, Iterator]]:
         args, accelerator = self.args, self.accelerator

@@ -1,0 +1,161 @@
+"""Distil a teacher into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
+
+    python distill.py                                           two minutes on a laptop: 8 Gaussians
+    python distill.py --pretrained_teacher_model runs/cifar-teacher --data data/cifar10 --output_dir runs/cifar-student
+    accelerate launch distill.py ...                            the same on many GPUs
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+import training
+from data import BadInput, program, writable_folder
+from evaluate import compare, machine, print_table
+from sample import sample
+from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
+from teacher import Teacher, fit_or_load, save_pipeline
+
+STEPS = [1, 2, 4]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="distill.py",
+        description="Distil a diffusion model into a few-step student with SPLAM. Defaults depend on the teacher.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = p.add_argument_group("teacher and data")
+    group.add_argument(
+        "--pretrained_teacher_model",
+        default="toy:8gaussians",
+        help="toy:<name>, or folder or hub id of a diffusers pipeline (paper: SD1.5, SD2.1-base)",
+    )
+    group.add_argument("--data", help="folder of images, or toy:<name> (default: what a 2-D teacher was fitted to)")
+    group = p.add_argument_group("method")
+    group.add_argument("--ode", choices=["sl", "dl", "lcm"], default="sl", help="Eq. 12, Eq. 26, or γ = 1 (paper: sl)")
+    group.add_argument(
+        "--sigma",
+        choices=["approx", "exact"],
+        default="approx",
+        help="σ_γ for ends that share their noise (linear, below Eq. 15), or for a Markov chain, Eq. 24 (paper: approx)",
+    )
+    group.add_argument("--metric", choices=["l2", "huber"], default="huber", help="d (paper: huber for SD1.5, l2 for SD2.1)")
+    group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps (paper: 100 and 20)")
+    group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18 (paper: 20)")
+    group.add_argument(
+        "--guidance_w", type=float, default=0.0, help="w in ε + w (ε - ε_∅); w = 8 is guidance_scale 9 (paper: 3 and 8)"
+    )
+    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target network (paper: 0.95)")
+    group.add_argument(
+        "--gamma_conditioning",
+        choices=["embedding", "time"],
+        default="time",
+        help="tell the network γ, or the time of the same noise-to-signal ratio, see the README (paper: embedding)",
+    )
+    training.add_arguments(p)
+    group = p.add_argument_group("validation")
+    group.add_argument("--validation_steps", type=int, help="steps between sample grids; 0 for none")
+    group.add_argument("--num_eval_samples", type=int, help="samples a row of the closing table; 0 for no table")
+    return p
+
+
+def check(args: argparse.Namespace, num_train_timesteps: int) -> None:
+    training.check_positive(args, "k", "solver_step")
+    if args.k % args.solver_step:
+        raise BadInput(f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
+    if num_train_timesteps % args.solver_step or args.k >= num_train_timesteps:
+        raise BadInput(f"--solver_step must divide the teacher's {num_train_timesteps} time steps, and --k be smaller")
+    if not 0 <= args.ema_decay < 1:
+        raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
+    if args.data is None:
+        raise BadInput("--data is missing: a folder of images")
+
+
+@program
+def main() -> None:
+    p = parser()
+    first, _ = p.parse_known_args()
+    folder = writable_folder(first.output_dir)
+    teacher = fit_or_load(first.pretrained_teacher_model, folder / "teacher", first.seed, first.mixed_precision)
+    p.set_defaults(data=teacher.default_data, **teacher.recipe)
+    args = p.parse_args()
+    check(args, len(teacher.schedule))
+
+    dataset = teacher.dataset(args.data, mirror=True)
+    student = ConsistencyFunction(
+        teacher.copy_network(), teacher.schedule, teacher.prediction_type, args.gamma_conditioning
+    )
+    target = copy.deepcopy(student).eval().requires_grad_(False)
+    run = training.Run(args, student, dataset, {"target": target})
+    teacher.to(run.accelerator.device)
+
+    def loss_of(x0: Tensor, label: Tensor, draws: Draws) -> Tensor:
+        cond = teacher.condition(label)
+        with run.accelerator.autocast():
+            return splad_loss(
+                run.model,
+                target,
+                lambda x, t: teacher.predict(x, t, cond, args.guidance_w),
+                teacher.schedule,
+                x0,
+                cond,
+                draws,
+                k=args.k,
+                solver_step=args.solver_step,
+                ode=args.ode,
+                sigma=args.sigma,
+                metric=args.metric,
+            )
+
+    def finished() -> Teacher:
+        return teacher.student(target.plain_state_dict(), len(teacher.schedule) // args.solver_step)
+
+    for step, batches in run:
+        draws = draw((run.total_batch_size, *teacher.shape), len(teacher.schedule), args.solver_step, run.generator(step))
+        loss = run.optimize(
+            loss_of(x0, label, Draws(*rows)) for (x0, label), rows in zip(batches, run.split(draws), strict=True)
+        )
+        ema_update(target, run.accelerator.unwrap_model(run.model), args.ema_decay)
+        run.log(step, loss=loss)
+        run.checkpoint(step)
+        if args.validation_steps and step % args.validation_steps == 0 and run.accelerator.is_main_process:
+            grid = teacher.picture(sample(finished(), range(64), 4))
+            grid.save(writable_folder(folder / "samples") / f"step-{step}.png")
+
+    if run.accelerator.is_main_process:
+        finish(args, teacher, finished(), folder)
+
+
+def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder: Path) -> None:
+    """Saves the student, the picture, and metrics.json; prints the table."""
+    save_pipeline(student.pipeline, folder)
+    student.to(teacher.network.device)
+    metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
+    many = max(teacher.evaluation["teacher_steps"])
+    if args.num_eval_samples:
+        comparison = compare(
+            student,
+            teacher,
+            args.data,
+            steps=STEPS,
+            teacher_steps=teacher.evaluation["teacher_steps"],
+            num_samples=args.num_eval_samples,
+            w=args.guidance_w,
+        )
+        print_table(comparison)
+        samples = comparison.samples
+        metrics |= {"rows": comparison.rows, "reference": comparison.reference}
+    else:
+        samples = {f"teacher, DDIM, {many} steps": sample(teacher, range(64), many, w=args.guidance_w)}
+        samples |= {f"student, {n} step{'s' * (n > 1)}": sample(student, range(64), n) for n in STEPS}
+    teacher.overview(samples, args.k).save(folder / "overview.png")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    print(f"{folder}/overview.png  {folder}/metrics.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Few-step sampling of a student, and many-step sampling of its teacher from the same noise."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from data import BadInput, program, writable_folder
+from splam import ConsistencyFunction, few_step_sample, few_step_times
+from teacher import Teacher, load
+
+SCHEDULERS = ("lcm", "ddim", "dpmsolver++")
+
+
+class SeededNoise:
+    """Standard normal noise with a seed per sample, so that a sample does not depend on its batch or on the device."""
+
+    def __init__(self, shape: tuple[int, ...], seeds: range, device: torch.device):
+        self.shape, self.device = shape, device
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        noise = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(noise).to(self.device)
+
+
+def states(
+    model: Teacher, noise: SeededNoise, steps: int, scheduler: str, cond: dict[str, Tensor], w: float
+) -> Iterator[Tensor]:
+    """The state after each step of one batch, the last of which is the sample.
+
+    "lcm" is the student's sampler (Eq. 19, repeated): its states are predictions of x_0. "ddim" and "dpmsolver++" are
+    diffusers' solvers of the PF-ODE, fed with the guided ε. They start at time N-1 ("trailing" spacing), where the
+    noise really is pure, and do not clip x_0: that would be another ODE than the one that is distilled.
+    """
+    config, x = model.pipeline.scheduler.config, noise()
+    if scheduler == "lcm":
+        times = few_step_times(steps, len(model.schedule), config.get("original_inference_steps", 50))
+        function = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
+        yield from few_step_sample(function, model.schedule, x, times, noise, **cond)
+        return
+    kind = DDIMScheduler if scheduler == "ddim" else DPMSolverMultistepScheduler
+    solver = kind.from_config(config, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False)
+    solver.set_timesteps(steps, device=x.device)
+    for t in solver.timesteps:
+        _, eps = model.predict(x, t.expand(len(x)), cond, w)
+        x = solver.step(eps, t, x).prev_sample
+        yield x
+
+
+@torch.no_grad()
+def sample(
+    model: Teacher,
+    seeds: range,
+    steps: int,
+    scheduler: str | None = None,
+    *,
+    w: float = 0.0,
+    class_label: int | None = None,
+    batch_size: int = 250,
+    mixed_precision: str = "no",
+) -> Tensor:
+    """One sample for each seed, (len(seeds), ...) on the CPU. Without a class label, seed s shows class s mod classes."""
+    scheduler = scheduler or ("lcm" if model.is_student else "ddim")
+    limit = model.pipeline.scheduler.config.get("original_inference_steps", 50) if scheduler == "lcm" else len(model.schedule)
+    if not 1 <= steps <= limit:
+        raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
+    if class_label is not None and not 0 <= class_label < (model.null_label or 0):
+        raise BadInput(f"class label {class_label}: this model has {model.null_label or 'no'} classes")
+    device = model.network.device
+    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
+    finished = []
+    for batch in tqdm(batches, desc=f"{scheduler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
+        labels = [seed % (model.null_label or 1) if class_label is None else class_label for seed in batch]
+        cond = model.condition(torch.tensor(labels, device=device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+            for x in states(model, SeededNoise(model.shape, batch, device), steps, scheduler, cond, w):
+                pass
+        finished.append(x.cpu())
+    return torch.cat(finished)
+
+
+@program
+def main() -> None:
+    p = argparse.ArgumentParser(prog="sample.py", description="Sample from a student or a teacher.")
+    p.add_argument("model", help="pipeline folder or hub id")
+    p.add_argument("--steps", type=int, default=4, help="network evaluations per sample (paper: 1 to 4)")
+    p.add_argument("--scheduler", choices=SCHEDULERS, help="default: lcm for a student, ddim for a teacher")
+    p.add_argument("--num_images", type=int, default=64)
+    p.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has the seed plus i")
+    p.add_argument("--class_label", type=int, help="of a class-conditional model; default: all classes in turn")
+    p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for a teacher")
+    p.add_argument("--batch_size", type=int, default=250)
+    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
+    args = p.parse_args()
+    if args.num_images < 1 or args.batch_size < 1:
+        raise BadInput("--num_images and --batch_size must be positive")
+    out = Path(args.out)
+    folder = writable_folder(out.parent if out.suffix == ".png" else out)
+    model = load(args.model).to(PartialState().device)
+    samples = sample(
+        model,
+        range(args.seed, args.seed + args.num_images),
+        args.steps,
+        args.scheduler,
+        w=args.guidance_w,
+        class_label=args.class_label,
+        batch_size=args.batch_size,
+        mixed_precision=args.mixed_precision,
+    )
+    if out.suffix == ".png":
+        model.picture(samples, columns=round(args.num_images**0.5)).save(out)
+    else:
+        for i, one in enumerate(samples):
+            model.picture(one[None], columns=0).save(folder / f"{args.seed + i:06d}.png")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
