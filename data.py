@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 log = logging.getLogger("data")
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles no code, whatever a library asks it for
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 
 

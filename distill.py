@@ -1,8 +1,8 @@
 """Distil a teacher into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
 
-    python distill.py                                           two minutes on a laptop: 8 Gaussians
-    python distill.py --pretrained_teacher_model runs/cifar-teacher --data data/cifar10 --output_dir runs/cifar-student
-    accelerate launch distill.py ...                            the same on many GPUs
+python distill.py                                           two minutes on a laptop: 8 Gaussians
+python distill.py --pretrained_teacher_model runs/cifar-teacher --data data/cifar10 --output_dir runs/cifar-student
+accelerate launch distill.py ...                            the same on many GPUs
 """
 
 import argparse
@@ -41,9 +41,11 @@ def parser() -> argparse.ArgumentParser:
         "--sigma",
         choices=["approx", "exact"],
         default="approx",
-        help="σ_γ for ends that share their noise (linear, below Eq. 15), or for a Markov chain, Eq. 24 (paper: approx)",
+        help="σ_γ for ends that share one noise (linear, below Eq. 15) or of a Markov chain, Eq. 24 (paper: approx)",
     )
-    group.add_argument("--metric", choices=["l2", "huber"], default="huber", help="d (paper: huber for SD1.5, l2 for SD2.1)")
+    group.add_argument(
+        "--metric", choices=["l2", "huber"], default="huber", help="d of Eq. 17 (paper: huber for SD1.5, l2 for SD2.1)"
+    )
     group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps (paper: 100 and 20)")
     group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18 (paper: 20)")
     group.add_argument(
@@ -115,7 +117,8 @@ def main() -> None:
         return teacher.student(target.plain_state_dict(), len(teacher.schedule) // args.solver_step)
 
     for step, batches in run:
-        draws = draw((run.total_batch_size, *teacher.shape), len(teacher.schedule), args.solver_step, run.generator(step))
+        shape = (run.total_batch_size, *teacher.shape)
+        draws = draw(shape, len(teacher.schedule), args.solver_step, run.generator(step))
         loss = run.optimize(
             loss_of(x0, label, Draws(*rows)) for (x0, label), rows in zip(batches, run.split(draws), strict=True)
         )

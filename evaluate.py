@@ -125,7 +125,7 @@ def compare(
     split: str = "train",
     seed: int = 0,
     w: float = 0.0,
-    batch_size: int = 250,
+    batch_size: int = 1024,
     mixed_precision: str = "no",
 ) -> Comparison:
     """Rows: held-out data (the floor), the teacher by DDIM, the student; every sampler from the same seeds.
@@ -188,7 +188,7 @@ def machine() -> str:
 
 def evaluate() -> None:
     p = argparse.ArgumentParser(prog="evaluate.py", description="Print the table of a student and its teacher.")
-    p.add_argument("student", help='pipeline folder of a finished student; or "features", see evaluate.py features --help')
+    p.add_argument("student", help='pipeline folder, or "features" for what "evaluate.py features --help" tells')
     p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the student (paper: 1, 2, 4)")
     p.add_argument("--teacher_steps", type=int, nargs="*", help="of DDIM; empty for no teacher")
     p.add_argument("--pretrained_teacher_model", help="default: the one that the student was distilled from")
@@ -198,7 +198,7 @@ def evaluate() -> None:
     p.add_argument("--num_samples", type=int)
     p.add_argument("--seed", type=int, default=0, help="of the first sample")
     p.add_argument("--guidance_w", type=float, help="of the teacher; default: the one it was distilled with")
-    p.add_argument("--batch_size", type=int, default=250)
+    p.add_argument("--batch_size", type=int, default=1024)
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     args = p.parse_args()
     folder = Path(args.student)

@@ -40,7 +40,7 @@ def states(
     """
     config, x = model.pipeline.scheduler.config, noise()
     if scheduler == "lcm":
-        times = few_step_times(steps, len(model.schedule), config.get("original_inference_steps", 50))
+        times = few_step_times(steps, len(model.schedule), model.original_inference_steps)
         function = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
         yield from few_step_sample(function, model.schedule, x, times, noise, **cond)
         return
@@ -62,12 +62,12 @@ def sample(
     *,
     w: float = 0.0,
     class_label: int | None = None,
-    batch_size: int = 250,
+    batch_size: int = 1024,
     mixed_precision: str = "no",
 ) -> Tensor:
-    """One sample for each seed, (len(seeds), ...) on the CPU. Without a class label, seed s shows class s mod classes."""
+    """One sample for each seed, (len(seeds), ...) on the CPU. Without `class_label`, all classes in turn."""
     scheduler = scheduler or ("lcm" if model.is_student else "ddim")
-    limit = model.pipeline.scheduler.config.get("original_inference_steps", 50) if scheduler == "lcm" else len(model.schedule)
+    limit = model.original_inference_steps if scheduler == "lcm" else len(model.schedule)
     if not 1 <= steps <= limit:
         raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
     if class_label is not None and not 0 <= class_label < (model.null_label or 0):
@@ -79,9 +79,8 @@ def sample(
         labels = [seed % (model.null_label or 1) if class_label is None else class_label for seed in batch]
         cond = model.condition(torch.tensor(labels, device=device))
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-            for x in states(model, SeededNoise(model.shape, batch, device), steps, scheduler, cond, w):
-                pass
-        finished.append(x.cpu())
+            *_, last = states(model, SeededNoise(model.shape, batch, device), steps, scheduler, cond, w)
+        finished.append(last.cpu())
     return torch.cat(finished)
 
 
@@ -95,7 +94,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has the seed plus i")
     p.add_argument("--class_label", type=int, help="of a class-conditional model; default: all classes in turn")
     p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for a teacher")
-    p.add_argument("--batch_size", type=int, default=250)
+    p.add_argument("--batch_size", type=int, default=1024)
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     args = p.parse_args()

@@ -6,7 +6,6 @@ is such a folder too, so it is loaded by the same function. `python teacher.py -
 
 import argparse
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -47,6 +46,7 @@ class Teacher:
         labels = self.network.config.get("num_class_embeds")
         self.null_label = None if labels is None else labels - 1
         self.is_student = isinstance(pipeline.scheduler, LCMScheduler)
+        self.original_inference_steps: int = config.get("original_inference_steps", 50)  # of the few-step time grid
 
     # -- what a kind of teacher must say ------------------------------------------------------------------------------
 
@@ -72,11 +72,12 @@ class Teacher:
         return {} if self.null_label is None else {"class_labels": label}
 
     def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(x_0, ε̃) at x (B, ...) and times t (B,), with guidance w (Eq. 18). Both passes are one batch; w = 0 is one."""
+        """(x_0, ε̃) at x (B, ...), t (B,) with guidance w (Eq. 18): both passes in one batch, and only one for w = 0."""
         if w and not cond:
             raise BadInput("guidance needs a class-conditional teacher: this one has no labels")
         if w:
-            both = {"class_labels": torch.cat([cond["class_labels"], torch.full_like(cond["class_labels"], self.null_label)])}
+            nothing = self.condition(torch.full_like(cond["class_labels"], self.null_label))
+            both = {key: torch.cat([value, nothing[key]]) for key, value in cond.items()}
             output = self.network(torch.cat([x, x]), torch.cat([t, t]), **both).sample.float()
             output = guided(*output.chunk(2), w)
         else:
@@ -116,9 +117,10 @@ class ImageTeacher(Teacher):
     """A U-Net on pixels: `DDPMPipeline` of `UNet2DModel`, with or without class labels."""
 
     recipe = {
-        "max_train_steps": 2500,
+        "max_train_steps": 1500,
         "train_batch_size": 64,
-        "learning_rate": 2e-4,
+        "learning_rate": 3e-4,
+        "lr_scheduler": "cosine",
         "mixed_precision": "bf16",
         "validation_steps": 500,
         "num_eval_samples": 0,

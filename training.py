@@ -114,7 +114,7 @@ class Run:
         return torch.Generator().manual_seed(self.args.seed * 1_000_000_007 + step)
 
     def split(self, draws: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """What was drawn for a whole step's batch -> the rows of each of this process's micro-batches, on its device."""
+        """What was drawn for a whole step's batch -> the rows of each micro-batch of this process, on its device."""
         size, accelerator = self.args.train_batch_size, self.accelerator
         for micro_step in range(self.args.gradient_accumulation_steps):
             first = (micro_step * accelerator.num_processes + accelerator.process_index) * size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class GaussianMixture:
-    """Equally weighted components N(means[i], std² I); means (K, 2). Diffused to (α, σ): N(α means[i], (α std)² + σ²)."""
+    """Equally weighted N(means[i], std² I), means (K, 2); diffused to (α, σ) they are N(α means[i], (α std)² + σ²)."""
 
     means: Tensor
     std: float

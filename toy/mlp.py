@@ -17,12 +17,13 @@ class PointMLP(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(time_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_dim, width)
         self.first = nn.Linear(2, width)
-        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)]) for _ in range(depth))
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outer = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, 2)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> UNet2DOutput:
         emb = self.time_embedding(self.time_proj(timestep.expand(len(sample))))
         h = self.first(sample)
-        for inner, outer in self.blocks:
+        for inner, outer in zip(self.inner, self.outer, strict=True):
             h = h + outer(silu(inner(silu(h + emb))))
         return UNet2DOutput(sample=self.last(silu(h)))
