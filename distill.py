@@ -10,6 +10,7 @@ import copy
 import json
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from torch import Tensor
 
 import training
@@ -87,6 +88,7 @@ def main() -> None:
     args = p.parse_args()
     check(args, len(teacher.schedule))
 
+    set_seed(args.seed)  # of the γ-projection's weights, before they are made
     dataset = teacher.dataset(args.data, mirror=True)
     student = ConsistencyFunction(
         teacher.copy_network(), teacher.schedule, teacher.prediction_type, args.gamma_conditioning

@@ -17,6 +17,7 @@ import numpy as np
 import scipy
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -29,6 +30,7 @@ from sample import sample
 from teacher import Teacher, load, to_pixels
 
 log = logging.getLogger("evaluate")
+logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # a file that cannot be read is reported here, in one line
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distances between sets of samples
@@ -296,6 +298,7 @@ def features() -> None:
     args = p.parse_args()
     out = Path(args.out)
     writable_folder(out.parent)
+    set_seed(args.seed)  # of the initial weights
     images = load_images(args.data, "train", mirror=True)
     test = load_images(args.data, "test", resolution=images.samples.shape[-1])
     run = training.Run(args, Classifier(len(images.classes)), images, averages={})

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,6 +23,9 @@ import training
 from data import BadInput, load_images, program
 from splam import Schedule, distance, draw, ema_update, guided, sub_path_point, to_x0_eps
 from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
+
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
 
 
 class Teacher:
@@ -310,6 +315,7 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> None:
     """Trains a network of the kind that `args.data` asks for and saves its average as a pipeline folder."""
+    set_seed(args.seed)  # of the initial weights
     network, dataset = kind_of_data(args.data).new_network(args.data, args.class_conditional)
     scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
     average = copy.deepcopy(network).requires_grad_(False)

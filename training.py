@@ -87,7 +87,7 @@ class Run:
             log_with=args.report_to,
             project_dir=str(self.folder),
         )
-        set_seed(args.seed, device_specific=True)
+        set_seed(args.seed, device_specific=True)  # from here on, dropout differs between processes
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,

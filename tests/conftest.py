@@ -1,0 +1,98 @@
+"""What several rooms' tests share: a way to call the programs, small pipelines, and real images where they are."""
+
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hypothesis import settings
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none may wait for one
+settings.register_profile("splam", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("splam")
+CIFAR_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpg.tar.xz"
+CLASSES, PER_CLASS = ["cat", "ship", "truck"], {"train": 32, "test": 8}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """A program is a process; tests that call several in one process must reset accelerate's shared state."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, "--flag", value, ...) -> (exit status, stdout, stderr) of a program's `main`."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        AcceleratorState._reset_state(reset_partial_state=True)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def one_line(err: str) -> str:
+    """The one line that a terminal is left with; anything more, a traceback say, fails."""
+    lines = [line for line in (line.split("\r")[-1] for line in err.split("\n")) if line.strip()]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """An image folder of 3 classes, train and test: CIFAR-10's own where the archive is at hand, else drawn."""
+    root = tmp_path_factory.mktemp("images")
+    wanted = {f"{split}/{c}/{i:04d}.jpg" for split, n in PER_CLASS.items() for c in CLASSES for i in range(n)}
+    if CIFAR_ARCHIVE.is_file():
+        with tarfile.open(CIFAR_ARCHIVE) as archive:
+            for member in archive:
+                if member.name.removeprefix("./") in wanted:
+                    archive.extract(member, root, filter="data")
+                    wanted.discard(member.name.removeprefix("./"))
+                    if not wanted:
+                        break
+    random = np.random.default_rng(0)
+    for name in sorted(wanted):  # stripes whose direction and colour are the class
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        c, stripes = CLASSES.index(Path(name).parent.name), np.indices((32, 32))
+        wave = np.sin(0.4 * stripes[c % 2] + random.uniform(0, 6)) * 60 + 128
+        Image.fromarray(
+            (wave[..., None] * np.eye(3)[c] + random.normal(60, 9, (32, 32, 3))).clip(0, 255).astype("uint8")
+        ).save(root / name)
+    return root
+
+
+def unet(classes: int | None = None, size: int = 8) -> UNet2DModel:
+    """The smallest U-Net that has everything, with weights large enough to matter."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        num_class_embeds=None if classes is None else classes + 1,
+    )
+
+
+def save(folder: Path, network, prediction_type="epsilon", beta_schedule="scaled_linear", **scheduler) -> Path:
+    scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, **scheduler)
+    DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
+    return folder

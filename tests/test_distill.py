@@ -1,0 +1,147 @@
+"""The programs end to end: 2-D points to a stated distance, real images through the whole road."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line, save, unet
+from diffusers import DiffusionPipeline, LCMScheduler
+from PIL import Image
+
+import distill
+import evaluate
+import sample
+import teacher
+from toy import PointMLP
+
+
+@pytest.mark.parametrize("conditioning", ["time", "embedding"])
+def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, tmp_path, call):
+    """A quarter of `make`'s steps. DDIM is at W2 = 1.0 with 1 step and at 0.27 with 4; two sets of data are at 0.1."""
+    teacher_flags = ["--data", "toy:8gaussians", "--output_dir", tmp_path / "teacher", "--max_train_steps", 1500]
+    assert call(teacher.main, *teacher_flags)[0] == 0
+    flags = ["--output_dir", tmp_path, "--max_train_steps", 800, "--gamma_conditioning", conditioning]
+    status, out, err = call(distill.main, *flags, "--num_eval_samples", 1024)
+    assert status == 0, err
+    rows = {(row["sampler"], row["steps"]): row for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]}
+    assert rows["teacher, DDIM", 1]["W2"] > 0.9
+    assert rows["student", 1]["W2"] < 0.3 and rows["student", 1]["map error"] < 0.3
+    assert rows["student", 4]["W2"] < 0.2
+    assert f"{rows['student', 4]['W2']:.4g}" in out and "overview.png" in out
+    assert np.asarray(Image.open(tmp_path / "overview.png")).std() > 10
+
+
+def test_the_image_road(images, tmp_path, call):
+    """Train a teacher, distil it, sample, train a feature extractor and evaluate: each command as the README has it."""
+    t, s, features = tmp_path / "teacher", tmp_path / "student", tmp_path / "features.pt2"
+    tiny = ["--train_batch_size", 16, "--lr_warmup_steps", 1, "--data", images]
+    status, _, err = call(teacher.main, *tiny, "--output_dir", t, "--max_train_steps", 25)
+    assert status == 0, err
+    losses = [json.loads(line)["loss"] for line in (t / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:2])
+    flags = ["--pretrained_teacher_model", t, "--output_dir", s, "--max_train_steps", 4, "--validation_steps", 2]
+    status, _, err = call(distill.main, *tiny, *flags)
+    assert status == 0, err
+    assert Image.open(s / "samples/step-4.png").size == Image.open(s / "samples/step-2.png").size == (8 * 33 + 1,) * 2
+    configuration = json.loads((s / "metrics.json").read_text())["configuration"]
+    assert configuration["pretrained_teacher_model"] == str(t) and configuration["mixed_precision"] == "bf16"
+    status, _, err = call(sample.main, s, "--steps", 4, "--out", tmp_path / "samples.png", "--num_images", 9)
+    assert status == 0 and Image.open(tmp_path / "samples.png").size == (3 * 33 + 1,) * 2, err
+    status, out, err = call(
+        evaluate.main, "features", "--data", images, "--out", features, "--output_dir", tmp_path / "f",
+        "--max_train_steps", 12, "--train_batch_size", 32, "--lr_warmup_steps", 2,
+    )  # fmt: skip
+    assert status == 0 and "test accuracy" in out, err
+    flags = ["--features", features, "--num_samples", 24, "--steps", 1, 2, "--teacher_steps", 1, 3]
+    status, out, err = call(evaluate.main, s, *flags)
+    assert status == 0, err
+    rows = json.loads((s / "evaluation.json").read_text())["rows"]
+    assert [(row["sampler"], row["steps"]) for row in rows[1:]] == [
+        ("teacher, DDIM", 3), ("teacher, DDIM", 1), ("student", 1), ("student", 2),
+    ]  # fmt: skip
+    assert all(row["FID"] > 0 for row in rows) and str(features) in out and "24 samples a row against 96" in out
+
+
+def test_stock_diffusers_samples_the_student_as_ours_does(tmp_path, call):
+    """DiffusionPipeline.from_pretrained, LCMScheduler, 4 steps, a generator per image: the same pictures."""
+    t, s = save(tmp_path / "teacher", unet(size=32), "v_prediction"), tmp_path / "student"
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(data / "0.png")
+    flags = ["--pretrained_teacher_model", t, "--data", data, "--output_dir", s, "--gamma_conditioning", "embedding"]
+    steps = ["--max_train_steps", 2, "--train_batch_size", 2, "--learning_rate", 1e-2, "--validation_steps", 0]
+    status, _, err = call(distill.main, *flags, *steps, "--lr_warmup_steps", 0, "--ema_decay", 0.1)
+    assert status == 0, err
+    pipeline = DiffusionPipeline.from_pretrained(s)
+    assert isinstance(pipeline.scheduler, LCMScheduler)
+    assert pipeline.unet.state_dict().keys() == unet(size=32).state_dict().keys()
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 9)]
+    stock = pipeline(batch_size=3, generator=generators, num_inference_steps=4, output_type="pt").images
+    ours = sample.sample(teacher.load(str(s)), range(7, 10), 4)
+    assert torch.allclose(stock, (ours / 2 + 0.5).clamp(0, 1), atol=1e-4)
+    before = sample.sample(teacher.load(str(t)), range(7, 10), 4, "lcm")
+    assert (ours - before).abs().mean() > 0.01  # the student has learnt something, so its weights were saved
+
+
+def test_guidance_and_labels_from_teacher_to_student(images, tmp_path, call):
+    t = save(tmp_path / "teacher", unet(classes=3, size=32), beta_schedule="squaredcos_cap_v2")
+    flags = ["--pretrained_teacher_model", t, "--data", images, "--max_train_steps", 2, "--train_batch_size", 4]
+    for w in (0, 2):
+        status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / f"w{w}", "--guidance_w", w)
+        assert status == 0, err
+    first = [json.loads((tmp_path / f"w{w}/metrics.jsonl").read_text().splitlines()[0])["loss"] for w in (0, 2)]
+    assert first[0] != first[1]  # same seed, same student: only the teacher's guidance differs
+    model = teacher.load(str(tmp_path / "w2"))
+    cat, ship = (sample.sample(model, range(1), 2, class_label=label) for label in (0, 1))
+    assert not torch.equal(cat, ship)
+
+
+@pytest.fixture
+def points(tmp_path):
+    torch.manual_seed(0)
+    return save(tmp_path / "teacher", PointMLP(width=16, depth=1), clip_sample=False)
+
+
+def first_loss(call, points, out, *flags):
+    small = ["--max_train_steps", 1, "--train_batch_size", 64, "--num_eval_samples", 0, "--output_dir", out]
+    status, _, err = call(distill.main, "--pretrained_teacher_model", points, *small, *flags)
+    assert status == 0, err
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+
+
+def test_every_flag_of_the_method_is_read(points, tmp_path, call):
+    """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
+    base = first_loss(call, points, tmp_path / "base")
+    others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
+    for flag in others.split(", "):
+        assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag
+    assert first_loss(call, points, tmp_path / "bf16", "--mixed_precision", "bf16") == pytest.approx(base, rel=0.05)
+
+
+def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    image_teacher = save(tmp_path / "image_teacher", unet(size=16))
+    for flags, words in (
+        (["--pretrained_teacher_model", "toy:rings"], "toy:rings"),
+        (["--pretrained_teacher_model", tmp_path / "empty"], "no pipeline folder"),
+        (["--pretrained_teacher_model", points, "--k", 50], "--k 50 is no multiple of --solver_step 20"),
+        (["--pretrained_teacher_model", points, "--k", 2000], "--k be smaller"),
+        (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
+        (["--pretrained_teacher_model", points, "--guidance_w", 1], "class-conditional"),
+        (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
+        (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),
+        (["--pretrained_teacher_model", image_teacher], "--data is missing"),
+        (["--pretrained_teacher_model", image_teacher, "--data", tmp_path / "empty"], "no images"),
+        (["--pretrained_teacher_model", image_teacher, "--data", images], "32x32 pixels, expected 16x16"),
+    ):
+        status, _, err = call(distill.main, "--output_dir", tmp_path / "out", *flags)
+        assert status == 2 and words in one_line(err), err
+
+
+def test_an_output_folder_keeps_one_toy_teacher(tmp_path, call):
+    save(tmp_path / "teacher", PointMLP(width=8, distribution="moons"), clip_sample=False)
+    status, _, err = call(distill.main, "--pretrained_teacher_model", "toy:spiral", "--output_dir", tmp_path)
+    assert status == 2 and "toy:moons" in one_line(err)

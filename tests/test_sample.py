@@ -1,0 +1,68 @@
+"""Samplers: a seed per image, and diffusers' own loops as oracles."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line, save, unet
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+
+import sample
+from teacher import load
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load(str(save(tmp_path / "model", unet(), "v_prediction")))
+
+
+@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+def test_a_sample_depends_on_its_seed_alone(model, scheduler):
+    whole = sample.sample(model, range(10, 16), 3, scheduler)
+    for batch_size in (1, 4):
+        assert torch.allclose(
+            whole, sample.sample(model, range(10, 16), 3, scheduler, batch_size=batch_size), atol=1e-4
+        )
+    assert torch.allclose(whole[2:4], sample.sample(model, range(12, 14), 3, scheduler), atol=1e-4)
+    assert (whole[0] - whole[1]).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("kind, name", [(DDIMScheduler, "ddim"), (DPMSolverMultistepScheduler, "dpmsolver++")])
+def test_baselines_are_diffusers_loops_on_the_raw_network_output(model, kind, name, steps):
+    """The scheduler that knows the prediction type, against our conversion to ε."""
+    solver = kind.from_config(model.pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    solver.set_timesteps(steps)
+    assert solver.timesteps[0] == 999  # from pure noise
+    x = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    with torch.no_grad():
+        for t in solver.timesteps:
+            x = solver.step(model.network(x, t).sample, t, x).prev_sample
+    assert torch.allclose(sample.sample(model, range(3, 5), steps, name), x, rtol=1e-3, atol=2e-3)
+
+
+def test_a_grid_or_a_folder_of_the_same_pixels(model, tmp_path, call):
+    folder, grid = tmp_path / "folder", tmp_path / "grid.png"
+    for out in (folder, grid):
+        assert call(sample.main, model.name, "--steps", 2, "--num_images", 4, "--seed", 5, "--out", out)[0] == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["000005.png", "000006.png", "000007.png", "000008.png"]
+    whole = np.asarray(Image.open(grid))
+    for i, name in enumerate(names):
+        top, left = 1 + 9 * (i // 2), 1 + 9 * (i % 2)
+        assert (np.asarray(Image.open(folder / name)) == whole[top : top + 8, left : left + 8]).all()
+
+
+def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
+    for flags, words in (
+        (["--steps", 0], "1 to 1000 steps, not 0"),
+        (["--steps", 60, "--scheduler", "lcm"], "1 to 50 steps, not 60"),
+        (["--class_label", 1], "no classes"),
+        (["--guidance_w", 1], "class-conditional"),
+        (["--num_images", 0], "positive"),
+        (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),
+    ):
+        status, _, err = call(sample.main, model.name, *flags)
+        assert status == 2 and words in one_line(err), err
+    status, _, err = call(sample.main, tmp_path / "missing")
+    assert status == 2 and "missing" in one_line(err)

@@ -1,0 +1,136 @@
+"""Teachers are diffusers pipeline folders of every prediction type and schedule, with and without labels."""
+
+import json
+
+import pytest
+import torch
+from conftest import one_line, save, unet
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+import teacher
+from data import BadInput
+from splam import ConsistencyFunction, boundary
+from teacher import ImageTeacher, PointTeacher, fit_or_load, load
+from toy import PointMLP
+
+TYPES = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_predictions_and_schedule_are_those_of_diffusers(tmp_path, prediction_type, beta_schedule):
+    """Oracle: DDIMScheduler's pred_original_sample from the same network output."""
+    model = load(str(save(tmp_path, unet(), prediction_type, beta_schedule)))
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    assert torch.allclose(model.schedule.alpha**2, scheduler.alphas_cumprod, rtol=1e-5, atol=1e-9)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in (0, 10, 400, 900):
+        with torch.no_grad():
+            x0, eps = model.predict(x, torch.tensor([t]), {})
+            wanted = scheduler.step(model.network(x, t).sample, t, x).pred_original_sample
+        assert torch.allclose(x0, wanted, rtol=1e-3, atol=1e-3)
+        alpha, sigma = model.schedule.at(torch.tensor([t]), 4)
+        assert torch.allclose(alpha * x0 + sigma * eps, x, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_guidance_in_one_batch_is_guidance_in_two_passes(tmp_path, prediction_type):
+    model = load(str(save(tmp_path, unet(classes=4), prediction_type)))
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([5, 500, 900])
+    label, nothing = torch.tensor([0, 1, 3]), torch.full((3,), 4)
+    with torch.no_grad():
+        _, with_label = model.predict(x, t, {"class_labels": label})
+        _, without = model.predict(x, t, {"class_labels": nothing})
+        x0, eps = model.predict(x, t, {"class_labels": label}, w=2.5)
+    assert (with_label - without).abs().max() > 1e-3  # else the next line would hold for any w
+    assert torch.allclose(eps, with_label + 2.5 * (with_label - without), rtol=1e-3, atol=1e-3)
+    alpha, sigma = model.schedule.at(t, 4)
+    assert torch.allclose(alpha * x0 + sigma * eps, x, atol=1e-3)
+
+
+def test_w_zero_makes_no_unconditional_pass(tmp_path, monkeypatch):
+    model = load(str(save(tmp_path, unet(classes=4))))
+    seen, forward = [], model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x, t, **k: seen.append(len(x)) or forward(x, t, **k))
+    for w, rows in ((0.0, 2), (1.0, 4)):
+        model.predict(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), {"class_labels": torch.tensor([0, 1])}, w)
+        assert seen.pop() == rows and not seen
+
+
+def test_guidance_without_labels_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="class-conditional"):
+        load(str(save(tmp_path, unet()))).predict(torch.randn(1, 3, 8, 8), torch.tensor([1]), {}, w=1.0)
+
+
+@pytest.mark.parametrize("conditioning", ["embedding", "time"])
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_a_student_starts_as_the_teacher(tmp_path, prediction_type, conditioning):
+    """At γ = 1 and step 0, whatever the γ-projection's weights are; and stock names and shapes come back out."""
+    model = load(str(save(tmp_path, unet(classes=4), prediction_type)))
+    student = ConsistencyFunction(model.copy_network(), model.schedule, prediction_type, conditioning)
+    x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([19, 499, 999]), {"class_labels": torch.tensor([0, 1, 4])}
+    with torch.no_grad():
+        x0, _ = model.predict(x, t, cond)
+        c_skip, c_out = boundary(t, 4)
+        assert torch.allclose(student(x, t, **cond), c_skip * x + c_out * x0, rtol=1e-3, atol=1e-3)
+    weights = student.plain_state_dict()
+    assert {name: w.shape for name, w in weights.items()} == {n: w.shape for n, w in model.network.state_dict().items()}
+    again = model.student(weights, 50)
+    assert all(torch.equal(a, b) for a, b in zip(again.network.parameters(), model.network.parameters(), strict=True))
+
+
+def test_the_kind_is_read_from_the_folder(tmp_path):
+    assert isinstance(load(str(save(tmp_path / "a", unet()))), ImageTeacher)
+    assert isinstance(load(str(save(tmp_path / "b", PointMLP(width=8)))), PointTeacher)
+    network = DiffusionPipeline.from_pretrained(save(tmp_path / "c", unet(classes=4))).unet  # stock diffusers
+    assert network.config.num_class_embeds == 5
+
+
+def test_what_is_no_teacher_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(BadInput, match="no pipeline folder"):
+        load(str(tmp_path))
+    with pytest.raises(BadInput, match="nobody/nothing"):
+        load("nobody/nothing")
+    with pytest.raises(BadInput, match="unknown 2-D distribution 'toy:rings'"):
+        fit_or_load("toy:rings", tmp_path, 0, "no")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline", "unet": ["os", "system"]}))
+    with pytest.raises(BadInput, match="KandinskyPipeline"):
+        load(str(other))
+
+
+def test_weights_in_a_pickle_are_refused(tmp_path):
+    save(tmp_path, unet())
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(unet().state_dict(), tmp_path / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(BadInput, match="cannot load"):
+        load(str(tmp_path))
+
+
+def test_training_with_labels_trains_the_label_of_no_class(images, tmp_path, call):
+    flags = ["--data", images, "--output_dir", tmp_path, "--class_conditional", "--mixed_precision", "no"]
+    status, _, err = call(teacher.main, *flags, "--max_train_steps", 3, "--train_batch_size", 32, "--seed", 3)
+    assert status == 0, err
+    trained, losses = load(str(tmp_path)), (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert trained.null_label == 3 and trained.prediction_type == "v_prediction" and len(losses) == 3
+    # Every label's row, "no class" among them, has had a gradient: AdamW's first moment tells.
+    table = torch.load(tmp_path / "checkpoint-3/optimizer.bin", weights_only=True)["state"]
+    moments = [
+        m["exp_avg"] for m in table.values() if m["exp_avg"].shape == trained.network.class_embedding.weight.shape
+    ]
+    assert len(moments) == 1 and (moments[0].abs().sum(1) > 0).all()
+
+
+def test_bad_flags_end_in_one_line_and_status_2(tmp_path, call):
+    (tmp_path / "file").touch()
+    for flags, word in (
+        (["--data", tmp_path / "none", "--output_dir", tmp_path / "o"], "no such folder"),
+        (["--data", "toy:rings", "--output_dir", tmp_path / "o"], "toy:rings"),
+        (["--data", "toy:moons", "--output_dir", tmp_path / "file"], "cannot write"),
+        (["--data", "toy:moons", "--output_dir", tmp_path / "o", "--max_train_steps", 0], "max_train_steps"),
+        (["--data", "toy:moons", "--output_dir", tmp_path / "o", "--class_conditional"], "class_conditional"),
+    ):
+        status, _, err = call(teacher.main, *flags)
+        assert status == 2 and word in one_line(err)
