@@ -5,6 +5,7 @@ RUN := .venv/bin/python
 .PHONY: toy test lint
 
 toy: .venv/ready
+	rm -rf runs/8gaussians
 	$(RUN) distill.py
 
 test: lint

@@ -18,7 +18,7 @@ from data import BadInput, program, writable_folder
 from evaluate import compare, machine, print_table
 from sample import sample
 from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
-from teacher import Teacher, fit_or_load, save_pipeline
+from teacher import KINDS, Teacher, fit_or_load, save_pipeline
 
 STEPS = [1, 2, 4]
 
@@ -26,38 +26,58 @@ STEPS = [1, 2, 4]
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="distill.py",
-        description="Distil a diffusion model into a few-step student with SPLAM. Defaults depend on the teacher.",
+        description="Distil a diffusion model into a few-step student with SPLAM.",
+        epilog="Defaults by kind of teacher:\n"
+        + "\n".join(f"  {kind.__name__}: {kind.recipe}" for kind in KINDS.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group = p.add_argument_group("teacher and data")
     group.add_argument(
         "--pretrained_teacher_model",
         default="toy:8gaussians",
-        help="toy:<name>, or folder or hub id of a diffusers pipeline (paper: SD1.5, SD2.1-base)",
+        help="toy:<name>, or folder or hub id of a diffusers pipeline (default %(default)s; paper: SD1.5, SD2.1-base)",
     )
     group.add_argument("--data", help="folder of images, or toy:<name> (default: what a 2-D teacher was fitted to)")
     group = p.add_argument_group("method")
-    group.add_argument("--ode", choices=["sl", "dl", "lcm"], default="sl", help="Eq. 12, Eq. 26, or γ = 1 (paper: sl)")
+    group.add_argument(
+        "--ode",
+        choices=["sl", "dl", "lcm"],
+        default="sl",
+        help="Eq. 12, Eq. 26, or γ = 1 (default %(default)s, the paper's)",
+    )
     group.add_argument(
         "--sigma",
         choices=["approx", "exact"],
         default="approx",
-        help="σ_γ for ends that share one noise (linear, below Eq. 15) or of a Markov chain, Eq. 24 (paper: approx)",
+        help="σ_γ for ends that share one noise (linear, below Eq. 15) or of a Markov chain, Eq. 24 (default %(default)s, the paper's)",
     )
     group.add_argument(
-        "--metric", choices=["l2", "huber"], default="huber", help="d of Eq. 17 (paper: huber for SD1.5, l2 for SD2.1)"
+        "--metric",
+        choices=["l2", "huber"],
+        default="huber",
+        help="d of Eq. 17 (default %(default)s, the paper's for SD1.5; l2 for SD2.1)",
     )
-    group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps (paper: 100 and 20)")
-    group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18 (paper: 20)")
     group.add_argument(
-        "--guidance_w", type=float, default=0.0, help="w in ε + w (ε - ε_∅); w = 8 is guidance_scale 9 (paper: 3 and 8)"
+        "--k", type=int, default=100, help="length of a sub-path in time steps (default %(default)s; paper: 100, 20)"
     )
-    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target network (paper: 0.95)")
+    group.add_argument(
+        "--solver_step",
+        type=int,
+        default=20,
+        help="k_φ of multiple estimation, Eq. 18 (default %(default)s, the paper's)",
+    )
+    group.add_argument(
+        "--guidance_w",
+        type=float,
+        default=0.0,
+        help="w in ε + w (ε - ε_∅); w = 8 is guidance_scale 9 (default %(default)s; paper: 3, 8)",
+    )
+    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target (default %(default)s, the paper's)")
     group.add_argument(
         "--gamma_conditioning",
         choices=["embedding", "time"],
         default="time",
-        help="tell the network γ, or the time of the same noise-to-signal ratio, see the README (paper: embedding)",
+        help="tell the network γ, or the time of the same noise-to-signal ratio (default %(default)s; paper: embedding)",
     )
     training.add_arguments(p)
     group = p.add_argument_group("validation")
@@ -66,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check(args: argparse.Namespace, num_train_timesteps: int) -> None:
+def check(args: argparse.Namespace, teacher: Teacher) -> None:
+    num_train_timesteps = len(teacher.schedule)
     training.check_positive(args, "k", "solver_step")
     if args.k % args.solver_step:
         raise BadInput(f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
@@ -74,6 +95,8 @@ def check(args: argparse.Namespace, num_train_timesteps: int) -> None:
         raise BadInput(f"--solver_step must divide the teacher's {num_train_timesteps} time steps, and --k be smaller")
     if not 0 <= args.ema_decay < 1:
         raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
+    if args.guidance_w and teacher.null_label is None:
+        raise BadInput("--guidance_w needs a class-conditional teacher: this one has no labels")
     if args.data is None:
         raise BadInput("--data is missing: a folder of images")
 
@@ -86,7 +109,7 @@ def main() -> None:
     teacher = fit_or_load(first.pretrained_teacher_model, folder / "teacher", first.seed, first.mixed_precision)
     p.set_defaults(data=teacher.default_data, **teacher.recipe)
     args = p.parse_args()
-    check(args, len(teacher.schedule))
+    check(args, teacher)
 
     set_seed(args.seed)  # of the γ-projection's weights, before they are made
     dataset = teacher.dataset(args.data, mirror=True)

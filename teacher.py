@@ -122,7 +122,7 @@ class ImageTeacher(Teacher):
     """A U-Net on pixels: `DDPMPipeline` of `UNet2DModel`, with or without class labels."""
 
     recipe = {
-        "max_train_steps": 1500,
+        "max_train_steps": 1200,
         "train_batch_size": 64,
         "learning_rate": 3e-4,
         "lr_scheduler": "cosine",
@@ -354,8 +354,9 @@ def fit_or_load(name: str, folder: Path, seed: int, mixed_precision: str) -> Tea
         return load(name)
     distribution(name)
     if not (folder / "model_index.json").is_file():
-        flags = ["--data", name, "--output_dir", folder, "--seed", seed, "--mixed_precision", mixed_precision]
-        train(parse([str(flag) for flag in flags]))
+        flags = {"data": name, "output_dir": folder, "seed": seed, "mixed_precision": mixed_precision}
+        flags["resume_from_checkpoint"] = "latest"  # of a fit that was interrupted
+        train(parse([f"--{flag}={value}" for flag, value in flags.items()]))
     teacher = load(str(folder))
     if teacher.default_data != name:
         raise BadInput(f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")

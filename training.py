@@ -11,6 +11,7 @@ What is trained, and by which loss, is the caller's. Its loop stays readable fro
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,21 +44,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every training program, spelt as diffusers' training scripts spell them."""
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", default="runs/8gaussians", help="everything the run writes lies below it")
-    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default %(default)s)")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps (paper: 6,000 for SD1.5, 80,000 for SD2.1)")
     group.add_argument("--train_batch_size", type=int, help="per process (paper: 1024 over 16 GPUs)")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per optimizer step")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="batches per step (default %(default)s)"
+    )
     group.add_argument("--learning_rate", type=float, help="of AdamW (paper: 8e-6)")
-    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="a name that diffusers knows")
+    group.add_argument(
+        "--lr_scheduler", default="constant_with_warmup", help="a name that diffusers knows (paper: constant)"
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=100)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="paper: 0")
-    group.add_argument("--max_grad_norm", type=float, default=10.0, help="L2 norm of gradient clipping (paper: 10)")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="default %(default)s (paper: 0)")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=10.0, help="L2 norm of clipping (default %(default)s, paper: 10)"
+    )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
-    group.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint folder')
+    group.add_argument(
+        "--checkpoints_total_limit", type=int, default=2, help="older ones are deleted (default %(default)s)"
+    )
+    group.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest" of --output_dir if any')
     group.add_argument("--report_to", choices=["tensorboard"], help="beside metrics.jsonl, which is always written")
 
 
@@ -87,6 +96,8 @@ class Run:
             log_with=args.report_to,
             project_dir=str(self.folder),
         )
+        if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise BadInput("several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
         set_seed(args.seed, device_specific=True)  # from here on, dropout differs between processes
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
         lr_scheduler = get_scheduler(
@@ -99,8 +110,17 @@ class Run:
         for module in averages.values():
             module.to(self.accelerator.device)
         self.dataset, self.step = dataset, 0
-        if args.resume_from_checkpoint:
-            self._resume(args.resume_from_checkpoint)
+        earlier = checkpoints(self.folder)
+        if earlier and not args.resume_from_checkpoint:
+            raise BadInput(
+                f"{self.folder} holds {earlier[-1].name} of an earlier run: --resume_from_checkpoint latest, "
+                "or another --output_dir"
+            )
+        if args.resume_from_checkpoint == "latest":
+            if earlier:
+                self._resume(earlier[-1])
+        elif args.resume_from_checkpoint:
+            self._resume(Path(args.resume_from_checkpoint))
         if args.report_to:
             self.accelerator.init_trackers("splam")
 
@@ -153,8 +173,10 @@ class Run:
         self.bar.close()
 
     def optimize(self, losses: Iterable[torch.Tensor]) -> float:
-        """One optimizer step from the losses of its micro-batches, each computed when asked for; their mean."""
-        total = 0.0
+        """One optimizer step from the losses of its micro-batches, each computed when asked for.
+
+        Returns their mean over micro-batches and processes."""
+        total = torch.zeros((), device=self.accelerator.device)
         losses = iter(losses)
         for _ in range(self.args.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.model):
@@ -164,9 +186,9 @@ class Run:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                total += loss.item() / self.args.gradient_accumulation_steps
+                total += loss.detach() / self.args.gradient_accumulation_steps
         self.lr_scheduler.step()
-        return total
+        return self.accelerator.reduce(total, "mean").item()
 
     def log(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and the progress bar."""
@@ -207,11 +229,7 @@ class Run:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, name: str) -> None:
-        found = checkpoints(self.folder)
-        if name == "latest" and not found:
-            raise BadInput(f"no checkpoint to resume from in {self.folder}")
-        path = found[-1] if name == "latest" else Path(name)
+    def _resume(self, path: Path) -> None:
         if not (path / "configuration.json").is_file():
             raise BadInput(f"{path} is not a checkpoint of this program")
         there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
