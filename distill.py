@@ -24,60 +24,42 @@ STEPS = [1, 2, 4]
 
 
 def parser() -> argparse.ArgumentParser:
+    recipes = "\n".join(f"  {kind.__name__}: {kind.recipe}" for kind in KINDS.values())
     p = argparse.ArgumentParser(
         prog="distill.py",
         description="Distil a diffusion model into a few-step student with SPLAM.",
-        epilog="Defaults by kind of teacher:\n"
-        + "\n".join(f"  {kind.__name__}: {kind.recipe}" for kind in KINDS.values()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Defaults by kind of teacher:\n{recipes}",
+        formatter_class=training.Help,
     )
     group = p.add_argument_group("teacher and data")
     group.add_argument(
         "--pretrained_teacher_model",
         default="toy:8gaussians",
-        help="toy:<name>, or folder or hub id of a diffusers pipeline (default %(default)s; paper: SD1.5, SD2.1-base)",
+        help="toy:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base",
     )
-    group.add_argument("--data", help="folder of images, or toy:<name> (default: what a 2-D teacher was fitted to)")
+    group.add_argument("--data", help="folder of images, or toy:<name>; what a 2-D teacher was fitted to, if not given")
     group = p.add_argument_group("method")
-    group.add_argument(
-        "--ode",
-        choices=["sl", "dl", "lcm"],
-        default="sl",
-        help="Eq. 12, Eq. 26, or γ = 1 (default %(default)s, the paper's)",
-    )
+    group.add_argument("--ode", choices=["sl", "dl", "lcm"], default="sl", help="Eq. 12, Eq. 26, or γ = 1; paper: sl")
     group.add_argument(
         "--sigma",
         choices=["approx", "exact"],
         default="approx",
-        help="σ_γ for ends that share one noise (linear, below Eq. 15) or of a Markov chain, Eq. 24 (default %(default)s, the paper's)",
+        help="σ_γ of ends that share one noise, below Eq. 15, or of a Markov chain, Eq. 24; paper: approx",
     )
     group.add_argument(
-        "--metric",
-        choices=["l2", "huber"],
-        default="huber",
-        help="d of Eq. 17 (default %(default)s, the paper's for SD1.5; l2 for SD2.1)",
+        "--metric", choices=["l2", "huber"], default="huber", help="d of Eq. 17; paper: huber for SD1.5, l2 for SD2.1"
     )
+    group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
+    group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
     group.add_argument(
-        "--k", type=int, default=100, help="length of a sub-path in time steps (default %(default)s; paper: 100, 20)"
+        "--guidance_w", type=float, default=0.0, help="w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
     )
-    group.add_argument(
-        "--solver_step",
-        type=int,
-        default=20,
-        help="k_φ of multiple estimation, Eq. 18 (default %(default)s, the paper's)",
-    )
-    group.add_argument(
-        "--guidance_w",
-        type=float,
-        default=0.0,
-        help="w in ε + w (ε - ε_∅); w = 8 is guidance_scale 9 (default %(default)s; paper: 3, 8)",
-    )
-    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target (default %(default)s, the paper's)")
+    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target network θ⁻; paper: 0.95")
     group.add_argument(
         "--gamma_conditioning",
         choices=["embedding", "time"],
         default="time",
-        help="tell the network γ, or the time of the same noise-to-signal ratio (default %(default)s; paper: embedding)",
+        help="the network is told γ, or the time with the same noise-to-signal ratio; paper: embedding",
     )
     training.add_arguments(p)
     group = p.add_argument_group("validation")

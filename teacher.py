@@ -28,6 +28,10 @@ diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
 
 
+TYPES = ["epsilon", "v_prediction", "sample"]
+BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
 class Teacher:
     """A frozen diffusion model, and all that distillation, sampling and evaluation must know about its kind.
 
@@ -302,11 +306,17 @@ def load(name: str) -> Teacher:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="teacher.py", description="Train a teacher on images or on a 2-D distribution.")
+    recipes = "\n".join(f"  {kind.__name__}: {kind.training_recipe}" for kind in KINDS.values())
+    p = argparse.ArgumentParser(
+        prog="teacher.py",
+        description="Train a teacher on images or on a 2-D distribution.",
+        epilog=f"Defaults by kind of teacher:\n{recipes}",
+        formatter_class=training.Help,
+    )
     p.add_argument("--data", required=True, help="folder of images, or toy:<name>")
     p.add_argument("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
-    p.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"], default="v_prediction")
-    p.add_argument("--beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"])
+    p.add_argument("--prediction_type", choices=TYPES, default="v_prediction", help="what the network outputs")
+    p.add_argument("--beta_schedule", choices=BETAS, help="of the noise; Stable Diffusion: scaled_linear")
     p.add_argument("--ema_decay", type=float, default=0.999, help="of the weights that are saved")
     training.add_arguments(p)
     p.set_defaults(lr_scheduler="cosine", max_grad_norm=1.0)

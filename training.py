@@ -40,32 +40,32 @@ FREE_FLAGS = {
 }
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        return action.help if plain else f"{action.help} (default %(default)s)"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every training program, spelt as diffusers' training scripts spell them."""
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", default="runs/8gaussians", help="everything the run writes lies below it")
-    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default %(default)s)")
-    group.add_argument("--max_train_steps", type=int, help="optimizer steps (paper: 6,000 for SD1.5, 80,000 for SD2.1)")
-    group.add_argument("--train_batch_size", type=int, help="per process (paper: 1024 over 16 GPUs)")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="batches per step (default %(default)s)"
-    )
-    group.add_argument("--learning_rate", type=float, help="of AdamW (paper: 8e-6)")
-    group.add_argument(
-        "--lr_scheduler", default="constant_with_warmup", help="a name that diffusers knows (paper: constant)"
-    )
-    group.add_argument("--lr_warmup_steps", type=int, default=100)
-    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="default %(default)s (paper: 0)")
-    group.add_argument(
-        "--max_grad_norm", type=float, default=10.0, help="L2 norm of clipping (default %(default)s, paper: 10)"
-    )
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
-    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    group.add_argument("--max_train_steps", type=int, help="paper: 6,000 for SD1.5, 80,000 for SD2.1-base")
+    group.add_argument("--train_batch_size", type=int, help="per process; paper: 1024 over 16 GPUs")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per step")
+    group.add_argument("--learning_rate", type=float, help="of AdamW; paper: 8e-6")
+    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="its name in diffusers; paper: constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=100, help="paper: not stated")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="paper: 0")
+    group.add_argument("--max_grad_norm", type=float, default=10.0, help="L2 norm of gradient clipping; paper: 10")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the networks")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read data")
     group = parser.add_argument_group("checkpoints and logs")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument(
-        "--checkpoints_total_limit", type=int, default=2, help="older ones are deleted (default %(default)s)"
-    )
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=int, default=2, help="older checkpoints are deleted")
     group.add_argument("--resume_from_checkpoint", help='a checkpoint folder, or "latest" of --output_dir if any')
     group.add_argument("--report_to", choices=["tensorboard"], help="beside metrics.jsonl, which is always written")
 
