@@ -24,11 +24,11 @@ STEPS = [1, 2, 4]
 
 
 def parser() -> argparse.ArgumentParser:
-    recipes = "\n".join(f"  {kind.__name__}: {kind.recipe}" for kind in KINDS.values())
     p = argparse.ArgumentParser(
         prog="distill.py",
         description="Distil a diffusion model into a few-step student with SPLAM.",
-        epilog=f"Defaults by kind of teacher:\n{recipes}",
+        usage="distill.py [flags]",
+        epilog=training.recipe_text({kind.__name__: kind.recipe for kind in KINDS.values()}),
         formatter_class=training.Help,
     )
     group = p.add_argument_group("teacher and data")

@@ -309,10 +309,13 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 
 
 def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_inference_steps: int) -> list[int]:
-    """`num_inference_steps` times from the training grid, evenly spaced by index from N-1 down: LCM's time grid."""
+    """`num_inference_steps` times from the training grid, evenly spaced by index from N-1 down: LCM's time grid.
+
+    The index is a rounded-down product of floats because it is one in diffusers' LCMScheduler.
+    """
     step = num_train_timesteps // original_inference_steps
     grid = [step * (i + 1) - 1 for i in reversed(range(original_inference_steps))]
-    return [grid[i * original_inference_steps // num_inference_steps] for i in range(num_inference_steps)]
+    return [grid[int(i * (original_inference_steps / num_inference_steps))] for i in range(num_inference_steps)]
 
 
 @torch.no_grad()

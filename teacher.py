@@ -150,7 +150,10 @@ class ImageTeacher(Teacher):
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
 
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
-        return load_images(data, split, resolution=self.shape[1], mirror=mirror)
+        images = load_images(data, split, resolution=self.shape[1], mirror=mirror)
+        if self.null_label is not None and len(images.classes) > self.null_label:
+            raise BadInput(f"{data} has {len(images.classes)} classes, and {self.name} was trained with {self.null_label}")
+        return images
 
     def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
         return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
@@ -306,11 +309,11 @@ def load(name: str) -> Teacher:
 
 
 def parser() -> argparse.ArgumentParser:
-    recipes = "\n".join(f"  {kind.__name__}: {kind.training_recipe}" for kind in KINDS.values())
     p = argparse.ArgumentParser(
         prog="teacher.py",
         description="Train a teacher on images or on a 2-D distribution.",
-        epilog=f"Defaults by kind of teacher:\n{recipes}",
+        usage="teacher.py --data DATA [flags]",
+        epilog=training.recipe_text({kind.__name__: kind.training_recipe for kind in KINDS.values()}),
         formatter_class=training.Help,
     )
     p.add_argument("--data", required=True, help="folder of images, or toy:<name>")

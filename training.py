@@ -44,8 +44,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Adds the default to the help of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
-        return action.help if plain else f"{action.help} (default %(default)s)"
+        without = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
+        return action.help if without or not action.option_strings else f"{action.help} (default %(default)s)"
+
+
+def recipe_text(recipes: dict[str, dict]) -> str:
+    """The end of a program's help: defaults that depend on what is trained."""
+    lines = (f"  {name}: " + " ".join(f"--{flag} {value}" for flag, value in r.items()) for name, r in recipes.items())
+    return "Defaults by kind of teacher:\n" + "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,8 @@ def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, tmp_path, 
     flags = ["--output_dir", tmp_path, "--max_train_steps", 800, "--gamma_conditioning", conditioning]
     status, out, err = call(distill.main, *flags, "--num_eval_samples", 1024)
     assert status == 0, err
-    rows = {(row["sampler"], row.get("steps")): row for row in json.loads((tmp_path / "metrics.json").read_text())["rows"]}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rows = {(row["sampler"], row.get("steps")): row for row in metrics["rows"]}
     assert rows["teacher, DDIM", 1]["W2"] > 0.9
     assert rows["student", 1]["W2"] < 0.3 and rows["student", 1]["map error"] < 0.3
     assert rows["student", 4]["W2"] < 0.2
@@ -124,6 +125,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     image_teacher = save(tmp_path / "image_teacher", unet(size=16))
+    two_classes = save(tmp_path / "two_classes", unet(classes=2, size=32))
     for flags, words in (
         (["--pretrained_teacher_model", "toy:rings"], "toy:rings"),
         (["--pretrained_teacher_model", tmp_path / "empty"], "no pipeline folder"),
@@ -136,6 +138,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", image_teacher], "--data is missing"),
         (["--pretrained_teacher_model", image_teacher, "--data", tmp_path / "empty"], "no images"),
         (["--pretrained_teacher_model", image_teacher, "--data", images], "32x32 pixels, expected 16x16"),
+        (["--pretrained_teacher_model", two_classes, "--data", images], "3 classes, and"),
     ):
         status, _, err = call(distill.main, "--output_dir", tmp_path / "out", *flags)
         assert status == 2 and words in one_line(err), err
