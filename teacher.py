@@ -152,7 +152,7 @@ class ImageTeacher(Teacher):
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
         images = load_images(data, split, resolution=self.shape[1], mirror=mirror)
         if self.null_label is not None and len(images.classes) > self.null_label:
-            raise BadInput(f"{data} has {len(images.classes)} classes, and {self.name} was trained with {self.null_label}")
+            raise BadInput(f"{data} has {len(images.classes)} classes, and {self.name} knows {self.null_label}")
         return images
 
     def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
@@ -211,14 +211,14 @@ class PointTeacher(Teacher):
 
     shape = (2,)
     recipe = {
-        "max_train_steps": 3000,
+        "max_train_steps": 2000,
         "train_batch_size": 512,
         "learning_rate": 1e-3,
         "validation_steps": 0,
         "num_eval_samples": 4096,
     }
     training_recipe = {
-        "max_train_steps": 4000,
+        "max_train_steps": 3000,
         "train_batch_size": 512,
         "learning_rate": 2e-3,
         "beta_schedule": "scaled_linear",
