@@ -239,28 +239,21 @@ class PointTeacher(Teacher):
 
     @torch.no_grad()
     def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
-        """The panels, and six PF-ODE trajectories with the lines of their sub-paths.
-
-        x_γ has less than unit variance inside a sub-path, so the line is drawn as the network sees it at the time of
-        the same noise-to-signal ratio: scaled by 1/sqrt(α_γ² + σ_γ²). So scaled it joins the ends of the sub-path.
-        """
-        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-        states = [x]
-        for time in range(len(self.schedule) - 1, 0, -1):  # DDIM steps of size 1: the PF-ODE, for the eye
-            t = torch.full((len(x),), time)
-            x0, eps = self.predict(states[-1], t, {})
-            alpha, sigma = self.schedule.at(t - 1, 2)
+        """The panels, and four PF-ODE trajectories with the lines of their sub-paths, from x_t to r x_s (Eq. 12)."""
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+        states, last = [x], len(self.schedule) - 1
+        for time in range(last, 0, -1):  # DDIM steps of size 1: the PF-ODE, for the eye
+            x0, eps = self.predict(states[-1], torch.full((len(x),), time), {})
+            alpha, sigma = self.schedule.at(torch.full((len(x),), time - 1), 2)
             states.append(alpha * x0 + sigma * eps)
-        paths = torch.stack(states)  # [N-1-t] is the state at time t
-        chords, last = [], len(self.schedule) - 1
+        paths = torch.stack(states)  # paths[last - t] is at time t
+        chords = []
         for start in range(last, 0, -k):
             end = max(start - k, 0)
-            t, s = torch.full((len(x),), start), torch.full((len(x),), end)
-            line = []
-            for gamma in torch.linspace(1, 0, 20):
-                ends = paths[last - start], paths[last - end]
-                point = sub_path_point(*ends, t, s, gamma.expand(len(x)), self.schedule, "sl", "approx")
-                line.append(point.x * (point.alpha**2 + point.sigma**2).rsqrt())
+            ends = paths[last - start], paths[last - end], torch.full((len(x),), start), torch.full((len(x),), end)
+            line = [
+                sub_path_point(*ends, torch.full((len(x),), g), self.schedule, "sl", "approx").x for g in (1.0, 0.0)
+            ]
             chords.append(torch.stack(line))
         return plots.overview(panels, paths, torch.stack(chords))
 

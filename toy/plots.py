@@ -32,22 +32,24 @@ def scatter(points: Tensor) -> Image.Image:
 
 
 def overview(panels: dict[str, Tensor], paths: Tensor, chords: Tensor) -> Image.Image:
-    """A panel for each named batch of points, and one of PF-ODE `paths` (times, n, 2) with their sub-path `chords`
-    (sub-paths, γ, n, 2)."""
+    """A panel for each named batch of points, and one of PF-ODE `paths` (times, n, 2) with their sub-path lines.
+
+    `chords` (sub-paths, 2, n, 2) are the two ends of each line.
+    """
     columns = (len(panels) + 2) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6.2), layout="constrained", squeeze=False)
     axes = list(axes.flat)
     for axis, (title, points) in zip(axes, panels.items(), strict=False):
         _scatter(axis, points, title)
     last = axes[len(panels)]
-    for i in range(paths.shape[1]):
-        last.plot(*paths[:, i].T, color="tab:blue", lw=1.2, label="PF-ODE" if i == 0 else None)
-        for j, chord in enumerate(chords):
-            first = i == 0 and j == 0
-            last.plot(*chord[:, i].T, color="tab:red", lw=1, ls=(0, (2, 1.5)), label="sub-path line" if first else None)
-            last.plot(*chord[[0, -1], i].T, "k.", ms=3)
-    last.set(title="teacher's trajectories", aspect="equal", xticks=[], yticks=[])
-    last.legend(loc="best", fontsize=7, frameon=False)
+    last.plot(*paths.movedim(2, 0), color="tab:blue", lw=1.5, label="PF-ODE", zorder=2)
+    for i in range(chords.shape[2]):
+        last.plot(*chords[:, :, i].permute(2, 1, 0), color="tab:red", lw=1, label="x_γ, Eq. 12", zorder=3)
+        last.plot(*chords[:, 0, i].T, "k.", ms=4, label="sub-path ends", zorder=4)
+    last.set(title="trajectories and their sub-paths", xticks=[], yticks=[])
+    last.set_aspect("equal", adjustable="datalim")
+    handles = dict(zip(*last.get_legend_handles_labels()[::-1], strict=True))  # one entry a label
+    last.legend(handles.values(), handles.keys(), loc="best", fontsize=7, frameon=False)
     for axis in axes[len(panels) + 1 :]:
         axis.set_axis_off()
     return _rendered(figure)
