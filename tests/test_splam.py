@@ -645,9 +645,8 @@ def test_ema_of_a_constant_student_closes_in_geometrically(decay, updates):
 # -- Sampling ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(50, 1000), st.integers(1, 50), st.integers(1, 13))
+@given(st.integers(50, 1000), st.integers(1, 50), st.integers(1, 50))
 def test_few_step_times_are_those_of_lcm(n, original_steps, steps):
-    """(From 14 steps on, rounding in numpy's linspace makes LCMScheduler miss its own grid at times.)"""
     steps, oracle = min(steps, original_steps), LCMScheduler(n)
     oracle.set_timesteps(steps, original_inference_steps=original_steps)
     assert splam.few_step_times(steps, n, original_steps) == oracle.timesteps.tolist()
