@@ -70,6 +70,8 @@ def sample(
     limit = model.original_inference_steps if scheduler == "lcm" else len(model.schedule)
     if not 1 <= steps <= limit:
         raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
+    if w and scheduler == "lcm":
+        raise BadInput("guidance is for the teacher: what a student was distilled with is in its weights")
     if class_label is not None and not 0 <= class_label < (model.null_label or 0):
         raise BadInput(f"class label {class_label}: this model has {model.null_label or 'no'} classes")
     device = model.network.device

@@ -141,7 +141,6 @@ class ImageTeacher(Teacher):
         "mixed_precision": "bf16",
         "beta_schedule": "linear",
     }
-
     evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000}
 
     def __init__(self, pipeline: DDPMPipeline, name: str):
@@ -194,10 +193,11 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 
 class Points(Dataset):
-    """Points in memory with the mixture component that each came from."""
+    """65,536 points of `toy:<name>`, always the same, with the mixture component that each came from."""
 
-    def __init__(self, points: Tensor, labels: Tensor):
-        self.samples, self.labels = points, labels
+    def __init__(self, data: str, split: str):
+        seed = {"train": 1, "test": 2}[split]
+        self.samples, self.labels = distribution(data).sample(2**16, torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -223,7 +223,6 @@ class PointTeacher(Teacher):
         "learning_rate": 2e-3,
         "beta_schedule": "scaled_linear",
     }
-
     evaluation = {"teacher_steps": [1, 2, 4, 1000], "num_samples": 4096}
 
     def __init__(self, pipeline: DDPMPipeline, name: str):
@@ -231,8 +230,7 @@ class PointTeacher(Teacher):
         self.default_data = f"toy:{self.network.config.distribution}"
 
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
-        seed = {"train": 1, "test": 2}[split]
-        return Points(*distribution(data).sample(2**16, torch.Generator().manual_seed(seed)))
+        return Points(data, split)
 
     def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
         return plots.scatter(samples)
@@ -240,29 +238,29 @@ class PointTeacher(Teacher):
     @torch.no_grad()
     def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
         """The panels, and four PF-ODE trajectories with the lines of their sub-paths, from x_t to r x_s (Eq. 12)."""
-        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+
+        def times(time: int) -> Tensor:
+            return torch.full((4,), time, device=self.network.device)
+
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).to(self.network.device)
         states, last = [x], len(self.schedule) - 1
         for time in range(last, 0, -1):  # DDIM steps of size 1: the PF-ODE, for the eye
-            x0, eps = self.predict(states[-1], torch.full((len(x),), time), {})
-            alpha, sigma = self.schedule.at(torch.full((len(x),), time - 1), 2)
+            x0, eps = self.predict(states[-1], times(time), {})
+            alpha, sigma = self.schedule.at(times(time - 1), 2)
             states.append(alpha * x0 + sigma * eps)
-        paths = torch.stack(states)  # paths[last - t] is at time t
-        chords = []
-        for start in range(last, 0, -k):
-            end = max(start - k, 0)
-            ends = paths[last - start], paths[last - end], torch.full((len(x),), start), torch.full((len(x),), end)
-            line = [
-                sub_path_point(*ends, torch.full((len(x),), g), self.schedule, "sl", "approx").x for g in (1.0, 0.0)
-            ]
-            chords.append(torch.stack(line))
-        return plots.overview(panels, paths, torch.stack(chords))
+        paths, lines = torch.stack(states), []  # paths[last - t] is at time t
+        for t in range(last, 0, -k):
+            s = max(t - k, 0)
+            ends = paths[last - t], paths[last - s], times(t), times(s)
+            line = [sub_path_point(*ends, times(gamma), self.schedule, "sl", "approx").x for gamma in (1, 0)]
+            lines.append(torch.stack(line))
+        return plots.overview(panels, paths.cpu(), torch.stack(lines).cpu())
 
     @staticmethod
     def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
         if class_conditional:
             raise BadInput("--class_conditional is for images")
-        points = Points(*distribution(data).sample(2**16, torch.Generator().manual_seed(1)))
-        return PointMLP(distribution=data.removeprefix("toy:")), points
+        return PointMLP(distribution=data.removeprefix("toy:")), Points(data, "train")
 
 
 def distribution(data: str) -> GaussianMixture:
@@ -272,7 +270,7 @@ def distribution(data: str) -> GaussianMixture:
     return DISTRIBUTIONS[name]
 
 
-KINDS = {("DDPMPipeline", "UNet2DModel"): ImageTeacher, ("DDPMPipeline", "PointMLP"): PointTeacher}
+KINDS = {("diffusers", "UNet2DModel"): ImageTeacher, ("toy.mlp", "PointMLP"): PointTeacher}
 
 
 def kind_of_data(data: str) -> type[Teacher]:
@@ -287,8 +285,9 @@ def load(name: str) -> Teacher:
         index = DiffusionPipeline.load_config(name)
     except (OSError, ValueError) as error:
         raise BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
-    kind = KINDS.get((index.get("_class_name"), (index.get("unet") or [None, None])[1]))
-    if kind is None:
+    # from_pretrained imports the modules that this file names, so they must be known ones.
+    kind = KINDS.get(tuple(index.get("unet") or ()))
+    if index.get("_class_name") != "DDPMPipeline" or kind is None or index["scheduler"][0] != "diffusers":
         raise BadInput(f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
     try:
         return kind(DDPMPipeline.from_pretrained(name, use_safetensors=True), name)

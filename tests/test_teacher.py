@@ -94,11 +94,19 @@ def test_what_is_no_teacher_is_refused_in_one_sentence(tmp_path):
         load("nobody/nothing")
     with pytest.raises(BadInput, match="unknown 2-D distribution 'toy:rings'"):
         fit_or_load("toy:rings", tmp_path, 0, "no")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline", "unet": ["os", "system"]}))
-    with pytest.raises(BadInput, match="KandinskyPipeline"):
-        load(str(other))
+
+
+def test_a_folder_of_another_kind_is_refused_before_it_can_name_a_module_to_import(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    save(tmp_path / "teacher", unet())
+    file = tmp_path / "teacher/model_index.json"
+    index = json.loads(file.read_text())
+    evil = {"unet": ["evil", "UNet2DModel"]}, {"scheduler": ["evil", "DDPMScheduler"]}
+    for change in ({"_class_name": "KandinskyPipeline"}, *evil):
+        file.write_text(json.dumps(index | change))
+        with pytest.raises(BadInput, match="no kind of teacher"):
+            load(str(tmp_path / "teacher"))
 
 
 def test_weights_in_a_pickle_are_refused(tmp_path):
