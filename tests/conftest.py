@@ -1,6 +1,5 @@
 """What several rooms' tests share: a way to call the programs, small pipelines, and real images where they are."""
 
-import os
 import sys
 import tarfile
 from pathlib import Path
@@ -10,10 +9,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import constants
 from hypothesis import settings
 from PIL import Image
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network, and none may wait for one
+constants.HF_HUB_OFFLINE = True  # no test needs a network, and none may wait for one
 settings.register_profile("splam", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("splam")
 CIFAR_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpg.tar.xz"
