@@ -39,6 +39,8 @@ FREE_FLAGS = {
     "dataloader_num_workers",
 }
 
+SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine"]
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Adds the default to the help of each flag that has one."""
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_batch_size", type=int, help="per process; paper: 1024 over 16 GPUs")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per step")
     group.add_argument("--learning_rate", type=float, help="of AdamW; paper: 8e-6")
-    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="its name in diffusers; paper: constant")
+    group.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup", help="paper: constant")
     group.add_argument("--lr_warmup_steps", type=int, default=100, help="paper: not stated")
     group.add_argument("--adam_weight_decay", type=float, default=0.0, help="paper: 0")
     group.add_argument("--max_grad_norm", type=float, default=10.0, help="L2 norm of gradient clipping; paper: 10")
@@ -83,7 +85,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 class Run:
-    """One training run. `frozen` modules change outside the optimizer (averages) and are checkpointed with the model.
+    """One training run. `averages` are modules that change outside the optimizer; checkpoints hold them by their names.
 
     Iterating yields (step, batches): the step's number from 1, and an iterator over its micro-batches, each on the
     run's device. Everything random is a function of (seed, step), so a resumed run repeats an uninterrupted one.
