@@ -70,10 +70,10 @@ class PointDistances:
 
 
 class FrechetDistance:
-    """FID by torch-fidelity, on its Inception ("inception") or on the first output of an exported network (.pt2).
+    """Fréchet distance by torch-fidelity, on its Inception ("inception": FID) or on an exported network (.pt2: FD).
 
-    An exported network maps uint8 images (B, 3, H, W) to (features (B, D), logits). `torch.export` files hold a graph,
-    not code, and their weights are loaded as tensors only.
+    An exported network maps uint8 images (B, 3, H, W) to (features (B, D), logits). Its file holds a graph, not code,
+    and torch.load, forbidden to execute any (data.py), takes only tensors from it.
     """
 
     def __init__(self, features: str, reference: Tensor, device: torch.device):
@@ -99,7 +99,7 @@ class FrechetDistance:
         """`samples` are x_0 in [-1, 1], or uint8 images."""
         pixels = samples if samples.dtype == torch.uint8 else torch.from_numpy(to_pixels(samples)).permute(0, 3, 1, 2)
         metric = fid_statistics_to_metric(self._statistics(pixels), self.reference, verbose=False)
-        return {"FID": metric["frechet_inception_distance"]}
+        return {"FID" if self.name == "inception" else "FD": metric["frechet_inception_distance"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def compare(
         rows.append({**row, "ms/sample": 1000 * seconds / num_samples})
         samples[f"{name}, {n} step{'s' * (n > 1)}"] = x
     against = f"{len(reference)} samples of {data} ({split}), features: {distances.name}"
-    return Comparison(rows, samples, f"{num_samples} samples a row against {against}")
+    return Comparison(rows, samples, f"{num_samples} samples a row, in batches of {batch_size}, against {against}")
 
 
 def spread(length: int, n: int) -> Tensor:

@@ -344,6 +344,7 @@ def train(args: argparse.Namespace) -> None:
         run.checkpoint(step)
     if run.accelerator.is_main_process:
         save_pipeline(DDPMPipeline(unet=average, scheduler=scheduler), run.folder)
+    run.accelerator.wait_for_everyone()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -70,9 +70,9 @@ def test_fid_is_the_frechet_distance_of_the_features(means):
     cov_a, cov_b = np.cov(fa, rowvar=False), np.cov(fb, rowvar=False)
     wanted = np.sum((fa.mean(0) - fb.mean(0)) ** 2) + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
     distance = FrechetDistance(str(means), b, torch.device("cpu"))
-    assert distance(a)["FID"] == pytest.approx(wanted, rel=1e-3)
-    assert distance(b)["FID"] == pytest.approx(0, abs=1e-3)
-    assert distance(b.float() / 127.5 - 1)["FID"] == pytest.approx(0, abs=1e-3)  # x_0 in [-1, 1] is the same images
+    assert distance(a)["FD"] == pytest.approx(wanted, rel=1e-3)
+    assert distance(b)["FD"] == pytest.approx(0, abs=1e-3)
+    assert distance(b.float() / 127.5 - 1)["FD"] == pytest.approx(0, abs=1e-3)  # x_0 in [-1, 1] is the same images
 
 
 class Evil:
