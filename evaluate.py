@@ -135,12 +135,14 @@ def compare(
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
     the same noise. It is defined for maps of the noise: DDIM at any number of steps, the student at one.
     """
-    reference = student.dataset(data, split).samples
+    dataset = student.dataset(data, split)
+    reference = dataset.samples
     if reference.ndim == 2:
         distances = PointDistances(reference)
     else:
         distances = FrechetDistance(features, reference, student.network.device)
-    samples, rows = {"data": reference[spread(len(reference), 4096)]}, []
+    shown = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:num_samples]
+    samples, rows = {"data": dataset[shown.tolist()][0]}, []
     try:
         held_out = student.dataset(data, "train" if split == "test" else "test").samples
         rows.append({"sampler": "held-out data", **distances(held_out[spread(len(held_out), num_samples)])})

@@ -62,6 +62,8 @@ def test_the_image_road(images, tmp_path, call):
         ("teacher, DDIM", 3), ("teacher, DDIM", 1), ("student", 1), ("student", 2),
     ]  # fmt: skip
     assert all(row["FD"] > 0 for row in rows)
+    picture = np.asarray(Image.open(s / "evaluation.png"))
+    assert picture[16:112].std() > 20  # the first row shows the data, in their own range
     assert str(features) in out and "24 samples a row" in out and "against 96 samples" in out
 
 
