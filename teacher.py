@@ -7,6 +7,7 @@ is such a folder too, so it is loaded by the same function. `python teacher.py -
 import argparse
 import copy
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
-class Teacher:
+class Teacher(ABC):
     """A frozen diffusion model, and all that distillation, sampling and evaluation must know about its kind.
 
     Subclasses say what one sample is and where data come from. Conditions are dictionaries of the network's keyword
@@ -59,17 +60,22 @@ class Teacher:
 
     # -- what a kind of teacher must say ------------------------------------------------------------------------------
 
+    @abstractmethod
     def dataset(self, data: str, split: str = "train", mirror: bool = False) -> Dataset:
-        """Data whose batches are (x_0, label) pairs."""
-        raise NotImplementedError
+        """Data whose batches are (x_0, label) pairs, with all of it, unscaled, as `samples`."""
 
+    @abstractmethod
     def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
         """One picture of a batch of samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
         """One picture of several batches side by side, under their names; k is the length of the sub-paths."""
-        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        """An untrained network for `data`, and the dataset to train it on."""
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
