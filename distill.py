@@ -14,11 +14,12 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 import training
-from data import BadInput, program, writable_folder
+from data import BadInput, program, read_prompts, writable_folder
 from evaluate import compare, machine, print_table
+from kinds import KINDS, Teacher
 from sample import sample
 from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
-from teacher import KINDS, Teacher, fit_or_load, save_pipeline
+from teacher import fit_or_load, save_pipeline
 
 STEPS = [1, 2, 4]
 
@@ -31,13 +32,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=training.recipe_text({kind.__name__: kind.recipe for kind in KINDS.values()}),
         formatter_class=training.Help,
     )
-    group = p.add_argument_group("teacher and data")
-    group.add_argument(
+    p.add_argument(
         "--pretrained_teacher_model",
         default="toy:8gaussians",
         help="toy:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base",
     )
-    group.add_argument("--data", help="folder of images, or toy:<name>; what a 2-D teacher was fitted to, if not given")
+    training.add_data_arguments(p)
     group = p.add_argument_group("method")
     group.add_argument("--ode", choices=["sl", "dl", "lcm"], default="sl", help="Eq. 12, Eq. 26, or γ = 1; paper: sl")
     group.add_argument(
@@ -61,10 +61,15 @@ def parser() -> argparse.ArgumentParser:
         default="time",
         help="the network is told γ, or the time with the same noise-to-signal ratio; paper: embedding",
     )
+    group = p.add_argument_group("large networks")
+    group.add_argument("--lora_rank", type=int, default=0, help="train a LoRA of this rank instead of all weights")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--torch_compile", action="store_true", help="compile teacher, student and target")
     training.add_arguments(p)
     group = p.add_argument_group("validation")
     group.add_argument("--validation_steps", type=int, help="steps between sample grids; 0 for none")
     group.add_argument("--num_eval_samples", type=int, help="samples a row of the closing table; 0 for no table")
+    group.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
     return p
 
 
@@ -77,10 +82,12 @@ def check(args: argparse.Namespace, teacher: Teacher) -> None:
         raise BadInput(f"--solver_step must divide the teacher's {num_train_timesteps} time steps, and --k be smaller")
     if not 0 <= args.ema_decay < 1:
         raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
-    if args.guidance_w and teacher.null_label is None:
-        raise BadInput("--guidance_w needs a class-conditional teacher: this one has no labels")
+    if args.guidance_w and not teacher.conditional:
+        raise BadInput("--guidance_w needs a conditional teacher: this one has no labels")
     if args.data is None:
-        raise BadInput("--data is missing: a folder of images")
+        raise BadInput("--data is missing: a folder of images, or images with captions")
+    if args.gradient_checkpointing and not getattr(teacher.network, "_supports_gradient_checkpointing", False):
+        raise BadInput(f"--gradient_checkpointing: a {type(teacher.network).__name__} has none")
 
 
 @program
@@ -94,17 +101,20 @@ def main() -> None:
     check(args, teacher)
 
     set_seed(args.seed)  # of the γ-projection's weights, before they are made
-    dataset = teacher.dataset(args.data, mirror=True)
-    student = ConsistencyFunction(
-        teacher.copy_network(), teacher.schedule, teacher.prediction_type, args.gamma_conditioning
-    )
+    network = teacher.copy_network(args.lora_rank)
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    student = ConsistencyFunction(network, teacher.schedule, teacher.prediction_type, args.gamma_conditioning)
     target = copy.deepcopy(student).eval().requires_grad_(False)
-    run = training.Run(args, student, dataset, {"target": target})
-    teacher.to(run.accelerator.device)
+    teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
+    run = training.Run(args, student, teacher.dataset(args), {"target": target})
+    if args.torch_compile:
+        for module in (network, target.network, teacher.network):
+            module.compile()
 
-    def loss_of(x0: Tensor, label: Tensor, draws: Draws) -> Tensor:
-        cond = teacher.condition(label)
+    def loss_of(data: Tensor, label: Tensor, draws: Draws) -> Tensor:
         with run.accelerator.autocast():
+            x0, cond = teacher.prepare(data, label)
             return splad_loss(
                 run.model,
                 target,
@@ -121,19 +131,22 @@ def main() -> None:
             )
 
     def finished() -> Teacher:
-        return teacher.student(target.plain_state_dict(), len(teacher.schedule) // args.solver_step)
+        return teacher.student(target.plain_state_dict(), len(teacher.schedule) // args.solver_step, args.lora_rank)
 
+    prompts = read_prompts(args.prompts)
     for step, batches in run:
         shape = (run.total_batch_size, *teacher.shape)
         draws = draw(shape, len(teacher.schedule), args.solver_step, run.generator(step))
         loss = run.optimize(
-            loss_of(x0, label, Draws(*rows)) for (x0, label), rows in zip(batches, run.split(draws), strict=True)
+            loss_of(*batch, Draws(*rows)) for batch, rows in zip(batches, run.split(draws), strict=True)
         )
         ema_update(target, run.accelerator.unwrap_model(run.model), args.ema_decay)
         run.log(step, loss=loss)
         run.checkpoint(step)
         if args.validation_steps and step % args.validation_steps == 0 and run.accelerator.is_main_process:
-            grid = teacher.picture(sample(finished(), range(64), 4))
+            grid = teacher.picture(
+                sample(finished().to(run.accelerator.device), range(teacher.pictured), 4, prompts=prompts)
+            )
             grid.save(writable_folder(folder / "samples") / f"step-{step}.png")
 
     if run.accelerator.is_main_process:
@@ -144,6 +157,7 @@ def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder:
     """Saves the student, the picture, and metrics.json; prints the table."""
     save_pipeline(student.pipeline, folder)
     student.to(teacher.network.device)
+    prompts = read_prompts(args.prompts)
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
     many = max(teacher.evaluation["teacher_steps"])
     if args.num_eval_samples:
@@ -155,13 +169,15 @@ def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder:
             teacher_steps=teacher.evaluation["teacher_steps"],
             num_samples=args.num_eval_samples,
             w=args.guidance_w,
+            prompts=prompts,
         )
         print_table(comparison)
         samples = comparison.samples
         metrics |= {"rows": comparison.rows, "reference": comparison.reference}
     else:
-        samples = {f"teacher, DDIM, {many} steps": sample(teacher, range(64), many, w=args.guidance_w)}
-        samples |= {f"student, {n} step{'s' * (n > 1)}": sample(student, range(64), n) for n in STEPS}
+        seeds = range(teacher.pictured)
+        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
+        samples |= {f"student, {n} step{'s' * (n > 1)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
     teacher.overview(samples, args.k).save(folder / "overview.png")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     print(f"{folder}/overview.png  {folder}/metrics.json")

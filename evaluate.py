@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -25,9 +24,10 @@ from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 import training
-from data import BadInput, Images, load_images, program, writable_folder
+from data import BadInput, Images, load_images, program, read_prompts, writable_folder
+from kinds import Teacher, to_pixels
 from sample import sample
-from teacher import Teacher, load, to_pixels
+from teacher import load
 
 log = logging.getLogger("evaluate")
 logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # a file that cannot be read is reported here, in one line
@@ -127,6 +127,7 @@ def compare(
     split: str = "train",
     seed: int = 0,
     w: float = 0.0,
+    prompts: Sequence[str] = (),
     batch_size: int = 1024,
     mixed_precision: str = "no",
 ) -> Comparison:
@@ -135,16 +136,16 @@ def compare(
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
     the same noise. It is defined for maps of the noise: DDIM at any number of steps, the student at one.
     """
-    dataset = student.dataset(data, split)
-    reference = dataset.samples
+    reference = student.reference(data, split)
     if reference.ndim == 2:
         distances = PointDistances(reference)
     else:
         distances = FrechetDistance(features, reference, student.network.device)
     shown = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:num_samples]
-    samples, rows = {"data": dataset[shown.tolist()][0]}, []
+    points = reference.ndim == 2
+    samples, rows = {"data": reference[shown] if points else reference[shown] / 127.5 - 1}, []
     try:
-        held_out = student.dataset(data, "train" if split == "test" else "test").samples
+        held_out = student.reference(data, "train" if split == "test" else "test")
         rows.append({"sampler": "held-out data", **distances(held_out[spread(len(held_out), num_samples)])})
     except BadInput as error:
         log.warning("no row of held-out data: %s", error)
@@ -154,7 +155,7 @@ def compare(
     for name, model, n, guidance in plan:
         begin = time.perf_counter()
         seeds = range(seed, seed + num_samples)
-        x = sample(model, seeds, n, w=guidance, batch_size=batch_size, mixed_precision=mixed_precision)
+        x = sample(model, seeds, n, w=guidance, prompts=prompts, batch_size=batch_size, mixed_precision=mixed_precision)
         seconds = time.perf_counter() - begin
         row = {"sampler": name, "steps": n, "evaluations": n * (2 if guidance else 1), **distances(x)}
         if endpoint is None and model is teacher:
@@ -202,8 +203,9 @@ def evaluate() -> None:
     p.add_argument("--num_samples", type=int)
     p.add_argument("--seed", type=int, default=0, help="of the first sample")
     p.add_argument("--guidance_w", type=float, help="of the teacher; default: the one it was distilled with")
+    p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
     p.add_argument("--batch_size", type=int, default=1024)
-    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
     args = p.parse_args()
     folder = Path(args.student)
     record = folder / "metrics.json"
@@ -213,7 +215,7 @@ def evaluate() -> None:
             if name not in trained_with:
                 raise BadInput(f"{record} does not say with which --{name} the student was distilled; please give it")
             setattr(args, name, trained_with[name])
-    device = PartialState().device
+    device = training.process().device
     student, teacher = load(args.student).to(device), load(args.pretrained_teacher_model).to(device)
     comparison = compare(
         student,
@@ -226,6 +228,7 @@ def evaluate() -> None:
         split=args.split,
         seed=args.seed,
         w=args.guidance_w,
+        prompts=read_prompts(args.prompts),
         batch_size=args.batch_size,
         mixed_precision=args.mixed_precision,
     )

@@ -1,18 +1,19 @@
 """Few-step sampling of a student, and many-step sampling of its teacher from the same noise."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BadInput, program, writable_folder
+import training
+from data import BadInput, program, read_prompts, writable_folder
+from kinds import Teacher
 from splam import ConsistencyFunction, few_step_sample, few_step_times
-from teacher import Teacher, load
+from teacher import load
 
 SCHEDULERS = ("lcm", "ddim", "dpmsolver++")
 
@@ -61,28 +62,26 @@ def sample(
     scheduler: str | None = None,
     *,
     w: float = 0.0,
-    class_label: int | None = None,
+    prompts: Sequence[str] = (),
     batch_size: int = 1024,
     mixed_precision: str = "no",
 ) -> Tensor:
-    """One sample for each seed, (len(seeds), ...) on the CPU. Without `class_label`, all classes in turn."""
+    """One sample for each seed, (len(seeds), ...) on the CPU. The seed s takes prompt s, modulo their number."""
     scheduler = scheduler or ("lcm" if model.is_student else "ddim")
     limit = model.original_inference_steps if scheduler == "lcm" else len(model.schedule)
     if not 1 <= steps <= limit:
         raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
     if w and scheduler == "lcm":
         raise BadInput("guidance is for the teacher: what a student was distilled with is in its weights")
-    if class_label is not None and not 0 <= class_label < (model.null_label or 0):
-        raise BadInput(f"class label {class_label}: this model has {model.null_label or 'no'} classes")
-    device = model.network.device
+    labels, device = model.labels(prompts), model.network.device
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
     finished = []
     for batch in tqdm(batches, desc=f"{scheduler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
-        labels = [seed % (model.null_label or 1) if class_label is None else class_label for seed in batch]
-        cond = model.condition(torch.tensor(labels, device=device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-            *_, last = states(model, SeededNoise(model.shape, batch, device), steps, scheduler, cond, w)
-        finished.append(last.cpu())
+        label = labels[torch.tensor(batch) % len(labels)].to(device)
+        with training.autocast(device, mixed_precision):
+            noise, cond = SeededNoise(model.shape, batch, device), model.condition(label)
+            *_, last = states(model, noise, steps, scheduler, cond, w)
+        finished.append(model.decode(last).cpu())
     return torch.cat(finished)
 
 
@@ -94,24 +93,24 @@ def main() -> None:
     p.add_argument("--scheduler", choices=SCHEDULERS, help="default: lcm for a student, ddim for a teacher")
     p.add_argument("--num_images", type=int, default=64)
     p.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has the seed plus i")
-    p.add_argument("--class_label", type=int, help="of a class-conditional model; default: all classes in turn")
+    p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
     p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for a teacher")
     p.add_argument("--batch_size", type=int, default=1024)
-    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     args = p.parse_args()
     if args.num_images < 1 or args.batch_size < 1:
         raise BadInput("--num_images and --batch_size must be positive")
     out = Path(args.out)
     folder = writable_folder(out.parent if out.suffix == ".png" else out)
-    model = load(args.model).to(PartialState().device)
+    model = load(args.model).to(training.process().device)
     samples = sample(
         model,
         range(args.seed, args.seed + args.num_images),
         args.steps,
         args.scheduler,
         w=args.guidance_w,
-        class_label=args.class_label,
+        prompts=read_prompts(args.prompts),
         batch_size=args.batch_size,
         mixed_precision=args.mixed_precision,
     )

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import BadInput, EndlessBatches, writable_folder
+from pairs import Shards
 
 # Flags that may differ between a checkpoint and the run that resumes it, because they do not change what is computed.
 FREE_FLAGS = {
@@ -70,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam_weight_decay", type=float, default=0.0, help="paper: 0")
     group.add_argument("--max_grad_norm", type=float, default=10.0, help="L2 norm of gradient clipping; paper: 10")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="of the networks")
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, on a GPU")
+    group.add_argument("--allow_tf32", action="store_true", help="faster float32 on Ampere and later GPUs")
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read data")
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
@@ -78,10 +81,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report_to", choices=["tensorboard"], help="beside metrics.jsonl, which is always written")
 
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    return torch.autocast(device.type, DTYPES[mixed_precision], enabled=mixed_precision != "no")
+
+
+def process() -> PartialState:
+    """Rank and device, before a `Run` exists, by the same environment variables."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of data that `Teacher.dataset` reads."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        help="toy:<name>, a folder of images, or pairs with captions: a folder, or shards 'shards/{000..009}.tar'",
+    )
+    group.add_argument("--resolution", type=int, help="images are resized and cropped to it; default: the model's own")
+    group.add_argument("--min_image_size", type=int, default=0, help="smaller images with captions are left out")
+    group.add_argument(
+        "--max_pwatermark", type=float, default=1.0, help="LAION's watermark probability; above: left out"
+    )
+    group.add_argument("--cache_latents", help="folder; encode images and captions once, then train from there")
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) <= 0:
             raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise BadInput("--use_8bit_adam needs the package bitsandbytes") from None
+    return AdamW8bit
 
 
 class Run:
@@ -91,7 +129,9 @@ class Run:
     run's device. Everything random is a function of (seed, step), so a resumed run repeats an uninterrupted one.
     """
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, dataset: Dataset, averages: dict[str, nn.Module]):
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, dataset: Dataset | Shards, averages: dict[str, nn.Module]
+    ):
         check_positive(
             args, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"
         )
@@ -107,7 +147,10 @@ class Run:
         if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
             raise BadInput("several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
         set_seed(args.seed, device_specific=True)  # from here on, dropout differs between processes
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adamw = _adamw_8bit() if args.use_8bit_adam else torch.optim.AdamW
+        optimizer = adamw(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
         lr_scheduler = get_scheduler(
             args.lr_scheduler,
             optimizer,
@@ -150,17 +193,17 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[int, Iterator]]:
         args, accelerator = self.args, self.accelerator
-        sampler = EndlessBatches(
-            len(self.dataset),
-            args.train_batch_size,
-            args.seed,
-            start=self.step * args.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-        )
+        position = {
+            "batch_size": args.train_batch_size,
+            "seed": args.seed,
+            "start": self.step * args.gradient_accumulation_steps,
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+        }
+        streamed = isinstance(self.dataset, Shards)  # shards, which have an order of their own
         loader = DataLoader(
-            self.dataset,
-            sampler=sampler,
+            self.dataset.batches(**position) if streamed else self.dataset,
+            sampler=None if streamed else EndlessBatches(len(self.dataset), **position),
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",

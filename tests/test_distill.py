@@ -98,7 +98,7 @@ def test_guidance_and_labels_from_teacher_to_student(images, tmp_path, call):
     first = [json.loads((tmp_path / f"w{w}/metrics.jsonl").read_text().splitlines()[0])["loss"] for w in (0, 2)]
     assert first[0] != first[1]  # same seed, same student: only the teacher's guidance differs
     model = teacher.load(str(tmp_path / "w2"))
-    cat, ship = (sample.sample(model, range(1), 2, class_label=label) for label in (0, 1))
+    cat, ship = (sample.sample(model, range(1), 2, prompts=[label]) for label in "01")
     assert not torch.equal(cat, ship)
 
 
@@ -135,7 +135,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", points, "--k", 50], "--k 50 is no multiple of --solver_step 20"),
         (["--pretrained_teacher_model", points, "--k", 2000], "--k be smaller"),
         (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
-        (["--pretrained_teacher_model", points, "--guidance_w", 1], "class-conditional"),
+        (["--pretrained_teacher_model", points, "--guidance_w", 1], "conditional teacher"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
         (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),
         (["--pretrained_teacher_model", image_teacher], "--data is missing"),

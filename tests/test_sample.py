@@ -57,8 +57,8 @@ def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
     for flags, words in (
         (["--steps", 0], "1 to 1000 steps, not 0"),
         (["--steps", 60, "--scheduler", "lcm"], "1 to 50 steps, not 60"),
-        (["--class_label", 1], "no classes"),
-        (["--guidance_w", 1], "class-conditional"),
+        (["--prompts", 1], "no classes"),
+        (["--guidance_w", 1], "conditional teacher"),
         (["--guidance_w", 1, "--scheduler", "lcm"], "in its weights"),
         (["--num_images", 0], "positive"),
         (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),

@@ -59,7 +59,7 @@ def test_w_zero_makes_no_unconditional_pass(tmp_path, monkeypatch):
 
 
 def test_guidance_without_labels_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="class-conditional"):
+    with pytest.raises(BadInput, match="conditional teacher"):
         load(str(save(tmp_path, unet()))).predict(torch.randn(1, 3, 8, 8), torch.tensor([1]), {}, w=1.0)
 
 

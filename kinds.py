@@ -1,0 +1,455 @@
+"""The kinds of diffusion model: 2-D points, images, Stable Diffusion. All that differs between them is in this file.
+
+A model is a folder (or hub id) of a diffusers pipeline, and its kind is read from `model_index.json` (teacher.load). A
+finished student is such a folder too, and an object of the same class as its teacher.
+"""
+
+import argparse
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+
+import training
+from data import BadInput, load_images
+from pairs import CachedLatents, PairOptions, cache_pairs, load_pairs
+from splam import Schedule, guided, sub_path_point, to_x0_eps
+from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
+
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+
+# What LoRA adapts: attention, feed-forward and convolutions, as in diffusers' LCM-LoRA training script.
+LORA_TARGETS = """to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut
+downsamplers.0.conv upsamplers.0.conv time_emb_proj""".split()
+
+
+class Teacher(ABC):
+    """A frozen diffusion model, and all that distillation, sampling and evaluation must know about its kind.
+
+    Subclasses say what one sample is and where data come from. A *label* is what data hold beside x_0, a *condition*
+    the network's keyword arguments. The base class knows class labels, where the network has them, with the last one
+    as "no class".
+    """
+
+    pipeline_class: type[DiffusionPipeline] = DDPMPipeline
+    pipeline_names: tuple[str, ...] = ("DDPMPipeline",)  # in model_index.json
+    shape: tuple[int, ...]  # of one x_0
+    default_data: str | None = None
+    recipe: dict = {}  # defaults of distill.py's flags for this kind
+    training_recipe: dict = {}  # the same for teacher.py's
+    evaluation: dict = {}  # DDIM steps of the table and samples a row
+    pictured = 64  # samples in a picture during training
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str):
+        self.pipeline, self.name = pipeline, name
+        self.network: nn.Module = pipeline.unet.eval().requires_grad_(False)
+        # A student's LCMScheduler and a teacher's scheduler share their noise schedule.
+        config = pipeline.scheduler.config
+        self.schedule = Schedule(pipeline.scheduler.alphas_cumprod)
+        self.prediction_type: str = config.prediction_type
+        labels = self.network.config.get("num_class_embeds")
+        self.null_label = None if labels is None else labels - 1
+        self.is_student = isinstance(pipeline.scheduler, LCMScheduler)
+        self.original_inference_steps: int = config.get("original_inference_steps", 50)  # of the few-step time grid
+
+    # -- what a kind of teacher must say ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        """Training data whose batches are (data, label) pairs for `prepare`."""
+
+    @abstractmethod
+    def reference(self, data: str, split: str = "train") -> Tensor:
+        """All of the data, to be measured against: points, or uint8 images (n, 3, H, W)."""
+
+    @abstractmethod
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+        """One picture of a batch of samples."""
+
+    @abstractmethod
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """One picture of several batches side by side, under their names; k is the length of the sub-paths."""
+
+    @staticmethod
+    @abstractmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        """An untrained network for `data`, and the dataset to train it on."""
+
+    # -- data and conditions ------------------------------------------------------------------------------------------
+
+    @property
+    def conditional(self) -> bool:
+        return self.null_label is not None
+
+    def labels(self, prompts: Sequence[str]) -> Tensor:
+        """What a person asks for -> labels (n, ...). Without prompts: all classes in turn."""
+        if not prompts:
+            return torch.arange(self.null_label or 1)
+        if not all(prompt.isdigit() and int(prompt) < (self.null_label or 0) for prompt in prompts):
+            raise BadInput(f"prompts are class labels here, and this model has {self.null_label or 'no'} classes")
+        return torch.tensor([int(prompt) for prompt in prompts])
+
+    def condition(self, label: Tensor) -> dict[str, Tensor]:
+        return {} if self.null_label is None else {"class_labels": label}
+
+    def nothing(self, n: int) -> dict[str, Tensor]:
+        """The condition ∅ of guidance, for n samples."""
+        return self.condition(torch.full((n,), self.null_label, device=self.network.device))
+
+    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch of the dataset -> (x_0, condition)."""
+        return data, self.condition(label)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 -> samples as people see them."""
+        return x0
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Teacher":
+        """Moves the model. `dtype`, of the frozen network, is for kinds whose network is large."""
+        self.network.to(device)
+        return self
+
+    def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(x_0, ε̃) at x (B, ...), t (B,) with guidance w (Eq. 18): both passes in one batch, and only one for w = 0."""
+        if w and not self.conditional:
+            raise BadInput("guidance needs a conditional teacher: this one has no labels")
+        x_in = x.to(self.network.dtype)
+        if w:
+            nothing = self.nothing(len(x))
+            both = {key: torch.cat([value, nothing[key]]) for key, value in cond.items()}
+            output = self.network(torch.cat([x_in, x_in]), torch.cat([t, t]), **both).sample.float()
+            output = guided(*output.chunk(2), w)
+        else:
+            output = self.network(x_in, t, **cond).sample.float()
+        return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
+
+    def copy_network(self, lora_rank: int = 0) -> nn.Module:
+        """A trainable copy in float32: where a student starts. With a LoRA, only that is trainable."""
+        network = copy.deepcopy(self.network).train().float().requires_grad_(not lora_rank)
+        if lora_rank:
+            if not hasattr(network, "add_adapter"):
+                raise BadInput(f"--lora_rank: diffusers has no LoRA for a {type(network).__name__}")
+            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS))
+        return network
+
+    def student(self, weights: dict[str, Tensor], original_inference_steps: int, lora_rank: int = 0) -> "Teacher":
+        """This teacher's pipeline with a student's weights and the scheduler of few-step sampling."""
+        network = self.copy_network(lora_rank)
+        network.load_state_dict(weights)
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(
+            unet=network,
+            scheduler=LCMScheduler.from_config(
+                self.pipeline.scheduler.config,
+                original_inference_steps=original_inference_steps,
+                clip_sample=False,
+                thresholding=False,
+            ),
+        )
+        return type(self)(pipeline, f"student of {self.name}")
+
+
+def refuse_pair_flags(args: argparse.Namespace) -> None:
+    if args.min_image_size or args.max_pwatermark < 1 or args.cache_latents:
+        raise BadInput("--min_image_size, --max_pwatermark and --cache_latents are for images with captions")
+
+
+class ImageTeacher(Teacher):
+    """A U-Net on pixels: `DDPMPipeline` of `UNet2DModel`, with or without class labels."""
+
+    recipe = {
+        "max_train_steps": 1200,
+        "train_batch_size": 64,
+        "learning_rate": 3e-4,
+        "lr_scheduler": "cosine",
+        "mixed_precision": "bf16",
+        "validation_steps": 500,
+        "num_eval_samples": 0,
+    }
+    training_recipe = {
+        "max_train_steps": 6000,
+        "train_batch_size": 64,
+        "learning_rate": 1e-3,
+        "mixed_precision": "bf16",
+        "beta_schedule": "linear",
+    }
+    evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000}
+
+    def __init__(self, pipeline: DDPMPipeline, name: str):
+        super().__init__(pipeline, name)
+        config = self.network.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        refuse_pair_flags(args)
+        images = load_images(args.data, resolution=args.resolution or self.shape[1], mirror=True)
+        if images.samples.shape[-1] != self.shape[1]:
+            raise BadInput(f"{self.name} makes images of {self.shape[1]} pixels, not {args.resolution}")
+        if self.null_label is not None and len(images.classes) > self.null_label:
+            raise BadInput(f"{args.data} has {len(images.classes)} classes, and {self.name} knows {self.null_label}")
+        return images
+
+    def reference(self, data: str, split: str = "train") -> Tensor:
+        return load_images(data, split, resolution=self.shape[1]).samples
+
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+        return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
+
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """A row of eight images for each panel, enlarged, with the panel's name above it."""
+        rows = [(name, self.picture(samples[:8])) for name, samples in panels.items()]
+        scale = max(1, 800 // rows[0][1].width)
+        width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
+        image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
+        for i, (name, row) in enumerate(rows):
+            ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black")
+            image.paste(row.resize((width, height), Image.Resampling.NEAREST), (0, i * (height + text) + text))
+        return image
+
+    @staticmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        """A small U-Net (2.5 M weights) for the images in `data`, and these images."""
+        images = load_images(data, mirror=True)
+        size = images.samples.shape[-1]
+        if size % 8:
+            raise BadInput(f"the images of {data} are {size} pixels wide; this U-Net needs a multiple of 8")
+        return UNet2DModel(
+            sample_size=size,
+            block_out_channels=(16, 32, 64, 128),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=32,
+            num_class_embeds=len(images.classes) + 1 if class_conditional else None,
+        ), images
+
+
+def to_pixels(samples: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded as diffusers' image processor does."""
+    return ((samples / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class StableDiffusion(ImageTeacher):
+    """Text to image in the latents of a VAE: any folder or hub id of a `StableDiffusionPipeline`.
+
+    VAE and text encoder keep float32 weights. The VAE also computes in float32, because some overflow in fp16; the text
+    encoder computes under autocast, as the student does. The large U-Net is cast to the compute dtype once.
+    """
+
+    pipeline_class = StableDiffusionPipeline
+    pipeline_names = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    recipe = {
+        "max_train_steps": 6000,
+        "train_batch_size": 16,
+        "learning_rate": 8e-6,
+        "mixed_precision": "bf16",
+        "validation_steps": 500,
+        "num_eval_samples": 0,
+    }
+    training_recipe = {**ImageTeacher.training_recipe, "beta_schedule": "scaled_linear"}
+    evaluation = {"teacher_steps": [4, 50], "num_samples": 5000}
+    pictured = 8
+    default_prompts = [
+        f"a photo of a{'n' * (thing[0] in 'ae')} {thing}"
+        for thing in "airplane automobile bird cat deer dog frog horse ship truck".split()
+    ]
+
+    def __init__(self, pipeline: StableDiffusionPipeline, name: str):
+        super().__init__(pipeline, name)
+        self.vae = pipeline.vae.eval().requires_grad_(False)
+        self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
+        self.null_text: Tensor | None = None  # embedded when first asked for
+
+    conditional = True
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
+        for module in (self.vae, self.text_encoder):
+            module.to(device)
+        self.network.to(device, dtype)
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        resolution = args.resolution or self.shape[1] * self.pipeline.vae_scale_factor
+        if resolution % self.pipeline.vae_scale_factor:
+            raise BadInput(f"--resolution {resolution} is no multiple of the VAE's {self.pipeline.vae_scale_factor}")
+        self.shape = (self.shape[0], *[resolution // self.pipeline.vae_scale_factor] * 2)
+        pairs = load_pairs(args.data, PairOptions(resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
+        if not args.cache_latents:
+            return pairs
+        state = training.process()
+        made_from = {name: getattr(args, name) for name in ("data", "min_image_size", "max_pwatermark")}
+        made_from |= {"teacher": self.name, "resolution": resolution, "mixed_precision": args.mixed_precision}
+
+        @torch.no_grad()
+        def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with training.autocast(state.device, args.mixed_precision):
+                x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
+            return x0.cpu(), cond["encoder_hidden_states"].cpu()
+
+        cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        return CachedLatents(args.cache_latents)
+
+    def reference(self, data: str, split: str = "train") -> Tensor:
+        return load_images(data, split, resolution=self.shape[1] * self.pipeline.vae_scale_factor).samples
+
+    def labels(self, prompts: Sequence[str]) -> Tensor:
+        return self.tokenize(prompts or self.default_prompts)
+
+    @torch.no_grad()
+    def condition(self, label: Tensor) -> dict[str, Tensor]:
+        """`label`: tokens (B, L), or their embeddings (B, L, D) from a cache.
+
+        Some released few-step U-Nets are told their guidance scale as well (`time_cond_proj_dim`). They get what stock
+        diffusers gives them at guidance_scale 1: the embedding of w = 0.
+        """
+        embedded = label if label.is_floating_point() else self.text_encoder(label)[0]
+        cond = {"encoder_hidden_states": embedded}
+        if length := self.network.config.time_cond_proj_dim:
+            zero = torch.zeros(len(label))
+            cond["timestep_cond"] = self.pipeline.get_guidance_scale_embedding(zero, length).to(embedded)
+        return cond
+
+    def nothing(self, n: int) -> dict[str, Tensor]:
+        if self.null_text is None:
+            self.null_text = self.text_encoder(self.tokenize([""]).to(self.network.device))[0].detach()
+        return self.condition(self.null_text.expand(n, -1, -1))
+
+    @torch.no_grad()
+    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels and tokens, or latents and embeddings from a cache. x_0 is the mean of the VAE's posterior, whose
+        deviation is far below one grey level in the VAEs of Stable Diffusion; so a cache holds the very same x_0."""
+        if not label.is_floating_point():
+            with torch.autocast(data.device.type, enabled=False):
+                data = self.vae.encode(data.float()).latent_dist.mode() * self.vae.config.scaling_factor
+        return data, self.condition(label)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        with torch.autocast(x0.device.type, enabled=False):
+            latents = (x0.float() / self.vae.config.scaling_factor).split(8)
+            return torch.cat([self.vae.decode(part).sample for part in latents]).clamp(-1, 1)
+
+    @staticmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        raise BadInput("toy/tiny_sd.py trains a small text-to-image model from nothing")
+
+    def student(self, weights: dict[str, Tensor], original_inference_steps: int, lora_rank: int = 0) -> "Teacher":
+        student = super().student(weights, original_inference_steps, lora_rank)
+        student.network.register_to_config(sample_size=self.shape[1])  # what it was distilled at
+        student.shape = self.shape
+        return student
+
+
+class Points(Dataset):
+    """65,536 points of `toy:<name>`, always the same, with the mixture component that each came from."""
+
+    def __init__(self, data: str, split: str):
+        seed = {"train": 1, "test": 2}[split]
+        self.samples, self.labels = distribution(data).sample(2**16, torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.samples[indices], self.labels[indices]
+
+
+class PointTeacher(Teacher):
+    """An MLP on 2-D points: `DDPMPipeline` of `PointMLP`."""
+
+    shape = (2,)
+    recipe = {
+        "max_train_steps": 2000,
+        "train_batch_size": 512,
+        "learning_rate": 1e-3,
+        "validation_steps": 0,
+        "num_eval_samples": 4096,
+    }
+    training_recipe = {
+        "max_train_steps": 3000,
+        "train_batch_size": 512,
+        "learning_rate": 2e-3,
+        "beta_schedule": "scaled_linear",
+    }
+    evaluation = {"teacher_steps": [1, 2, 4, 1000], "num_samples": 4096}
+
+    def __init__(self, pipeline: DDPMPipeline, name: str):
+        super().__init__(pipeline, name)
+        self.default_data = f"toy:{self.network.config.distribution}"
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        refuse_pair_flags(args)
+        if args.resolution:
+            raise BadInput("--resolution is for images")
+        return Points(args.data, "train")
+
+    def reference(self, data: str, split: str = "train") -> Tensor:
+        return Points(data, split).samples
+
+    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+        return plots.scatter(samples)
+
+    @torch.no_grad()
+    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+        """The panels, and four PF-ODE trajectories with the lines of their sub-paths, from x_t to r x_s (Eq. 12)."""
+
+        def times(time: int) -> Tensor:
+            return torch.full((4,), time, device=self.network.device)
+
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).to(self.network.device)
+        states, last = [x], len(self.schedule) - 1
+        for time in range(last, 0, -1):  # DDIM steps of size 1: the PF-ODE, for the eye
+            x0, eps = self.predict(states[-1], times(time), {})
+            alpha, sigma = self.schedule.at(times(time - 1), 2)
+            states.append(alpha * x0 + sigma * eps)
+        paths, lines = torch.stack(states), []  # paths[last - t] is at time t
+        for t in range(last, 0, -k):
+            s = max(t - k, 0)
+            ends = paths[last - t], paths[last - s], times(t), times(s)
+            line = [sub_path_point(*ends, times(gamma), self.schedule, "sl", "approx").x for gamma in (1, 0)]
+            lines.append(torch.stack(line))
+        return plots.overview(panels, paths.cpu(), torch.stack(lines).cpu())
+
+    @staticmethod
+    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+        if class_conditional:
+            raise BadInput("--class_conditional is for images")
+        return PointMLP(distribution=data.removeprefix("toy:")), Points(data, "train")
+
+
+def distribution(data: str) -> GaussianMixture:
+    name = data.removeprefix("toy:")
+    if name not in DISTRIBUTIONS:
+        raise BadInput(f"unknown 2-D distribution {data!r}: choose from {', '.join('toy:' + n for n in DISTRIBUTIONS)}")
+    return DISTRIBUTIONS[name]
+
+
+KINDS = {
+    ("diffusers", "UNet2DModel"): ImageTeacher,
+    ("diffusers", "UNet2DConditionModel"): StableDiffusion,
+    ("toy.mlp", "PointMLP"): PointTeacher,
+}
