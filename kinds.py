@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
+from transformers.utils import logging as transformers_logging
 
 import training
 from data import BadInput, load_images
@@ -27,6 +28,7 @@ from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 # What LoRA adapts: attention, feed-forward and convolutions, as in diffusers' LCM-LoRA training script.
 LORA_TARGETS = """to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut
@@ -125,14 +127,15 @@ class Teacher(ABC):
         """(x_0, ε̃) at x (B, ...), t (B,) with guidance w (Eq. 18): both passes in one batch, and only one for w = 0."""
         if w and not self.conditional:
             raise BadInput("guidance needs a conditional teacher: this one has no labels")
-        x_in = x.to(self.network.dtype)
+        n = 2 if w else 1
         if w:
             nothing = self.nothing(len(x))
-            both = {key: torch.cat([value, nothing[key]]) for key, value in cond.items()}
-            output = self.network(torch.cat([x_in, x_in]), torch.cat([t, t]), **both).sample.float()
+            cond = {key: torch.cat([value, nothing[key]]) for key, value in cond.items()}
+        cond = {key: v.to(self.network.dtype) if v.is_floating_point() else v for key, v in cond.items()}
+        x_in = x.to(self.network.dtype)
+        output = self.network(torch.cat([x_in] * n), torch.cat([t] * n), **cond).sample.float()
+        if w:
             output = guided(*output.chunk(2), w)
-        else:
-            output = self.network(x_in, t, **cond).sample.float()
         return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
 
     def copy_network(self, lora_rank: int = 0) -> nn.Module:

@@ -1,13 +1,17 @@
-"""Images with captions: a folder, or webdataset shards as img2dataset writes them; and a cache of their latents.
+"""Images with captions, from a folder or from webdataset shards, and a cache of their latents and embeddings.
 
-Both sources give whole batches (pixels (B, 3, R, R) in [-1, 1], tokens (B, L)), and skip and count what is unusable.
+Whatever is unusable is skipped, counted, and named in the log.
 """
 
-import functools
+import bisect
+import copy
 import io
+import itertools
 import json
 import logging
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,277 +20,290 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import webdataset
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
+from webdataset.shardlists import expand_urls
 
 from data import EXTENSIONS, BadInput, writable_folder
 
 log = logging.getLogger("pairs")
-SHUFFLE_BUFFER = 1000  # samples, of each reading process
+
+Tokenize = Callable[[list[str]], Tensor]
+Batches = Iterator[tuple[Tensor, Tensor]]  # pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
+Part = tuple[str, Callable[[], Batches]]  # a piece that can be encoded by itself: its name, and how to read it
 
 
 class PairOptions(NamedTuple):
+    """The size that images get, and which pairs are wanted at all."""
+
     resolution: int
     min_image_size: int = 0
     max_pwatermark: float = 1.0
 
 
-Tokenize = Callable[[list[str]], Tensor]
-Pair = tuple[Tensor, str]
-
-
 class Unusable(Exception):
-    """A pair that is skipped, and why, in a word."""
+    """A pair that is whole but is not used; the text says why, in the words of the final count."""
 
 
-def prepare(image: Image.Image, caption: str | None, meta: dict, options: PairOptions) -> Pair:
-    """The smaller side resized to the resolution, the centre cut out. No mirroring: captions may say "left"."""
-    if not caption or not caption.strip():
+def centre_square(image: Image.Image, resolution: int) -> Tensor:
+    """The smaller side resized to `resolution`, the middle of the larger one. Only the square itself is computed.
+
+    Never mirrored: captions may say left and right.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = (left, top, left + side, top + side)
+    pixels = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS, square)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
+    """Pixels and caption of a sample as webdataset has it: {"jpg": bytes, "txt": bytes, "json": bytes}, say."""
+    facts = json.loads(sample.get("json", "{}"))
+    caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
         raise Unusable("without caption")
-    sizes = meta.get("original_width") or image.width, meta.get("original_height") or image.height
-    if min(sizes) < options.min_image_size or (meta.get("pwatermark") or 0) > options.max_pwatermark:
-        raise Unusable("filtered")
-    square = ImageOps.fit(image.convert("RGB"), (options.resolution,) * 2, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1, caption.strip()
+    file = next((sample[key] for key in sample if f".{key}" in EXTENSIONS), b"")
+    # Only the formats that the names promise: PIL hands PostScript, for one, to an interpreter.
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["JPEG", "PNG", "WEBP"]) as image:
+        original = facts.get("original_width"), facts.get("original_height")
+        small = min(original if all(original) else image.size) < options.min_image_size
+        if small or (facts.get("pwatermark") or 0) > options.max_pwatermark:
+            raise Unusable("filtered")
+        return centre_square(image, options.resolution), caption.strip()
 
 
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL and json raise, by format
+class Pairs:
+    """What both sources of pairs do: samples become batches; the unusable are skipped, counted and named in the log."""
+
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        self.data, self.options, self.tokenize, self.counts = data, options, tokenize, Counter()
+
+    def skip(self, name: str, error: Exception) -> None:
+        """The filtered may be very many: of their counts, the powers of two are logged."""
+        kind = str(error) if isinstance(error, Unusable) else "broken"
+        self.counts[kind] += 1
+        if kind != "filtered" or self.counts[kind].bit_count() == 1:
+            log.warning("skipped %s: %s (%d %s so far)", name, error, self.counts[kind], kind)
+
+    def usable(self, samples: Iterable[dict]) -> Iterator[tuple[Tensor, str]]:
+        for sample in samples:
+            self.counts["members"] += 1
+            try:
+                pair = read_pair(sample, self.options)
+            except Exception as error:  # nothing that lies in a file from the web may end a run
+                self.skip(f"{sample['__url__']}/{sample['__key__']}", error)
+            else:
+                self.counts["usable"] += 1
+                yield pair
+
+    def first(self, samples: Iterable[dict]) -> tuple[Tensor, str]:
+        for pair in self.usable(samples):
+            return pair
+        kinds = ("members", "broken", "without caption", "filtered")
+        counts = ", ".join(f"{self.counts[kind]} {kind}" for kind in kinds)
+        raise BadInput(f"no usable image-caption pairs in {self.data}: {counts}")
+
+    def probe(self, samples: Iterable[dict]) -> None:
+        """Refuses what holds no usable pair at all."""
+        self.counts.clear()
+        self.first(samples)
+        self.counts.clear()
+
+    def batched(self, pairs: Iterator[tuple[Tensor, str]], size: int = 64) -> Batches:
+        while batch := list(itertools.islice(pairs, size)):
+            pixels, captions = zip(*batch, strict=True)
+            yield torch.stack(pixels), self.tokenize(list(captions))
 
 
-def collate(pairs: list[Pair], tokenize: Tokenize) -> tuple[Tensor, Tensor]:
-    pixels, captions = zip(*pairs, strict=True)
-    return torch.stack(pixels), tokenize(list(captions))
+class CaptionFolder(Pairs, Dataset):
+    """Images below a folder. A caption is a line of its metadata.jsonl, as Hugging Face has it, or a .txt beside."""
 
-
-def batches_of(pairs: Iterable[Pair], size: int, tokenize: Tokenize) -> Iterator[tuple[Tensor, Tensor]]:
-    batch = []
-    for pair in pairs:
-        batch.append(pair)
-        if len(batch) == size:
-            yield collate(batch, tokenize)
-            batch = []
-    if batch:
-        yield collate(batch, tokenize)
-
-
-Part = tuple[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]]
-
-
-class CaptionFolder(Dataset):
-    """Images with `name.txt` beside each, or one `metadata.jsonl` with file_name and text (or caption)."""
-
-    def __init__(self, folder: str, options: PairOptions, tokenize: Tokenize):
-        self.options, self.tokenize, root = options, tokenize, Path(folder)
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        super().__init__(data, options, tokenize)
+        root, self.samples = Path(data), []
+        if not root.is_dir():
+            raise BadInput(f"no such folder: {root}")
+        metadata = self.metadata(root / "metadata.jsonl")
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise BadInput(f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
-        told = self._metadata(root / "metadata.jsonl")
-        self.pairs = []
         for path in files:
-            beside = path.with_suffix(".txt")
-            text = told.get(path) or (beside.read_text(errors="replace") if beside.is_file() else "")
-            if text.strip():
-                self.pairs.append((path, text))
-        if not self.pairs:
-            raise BadInput(f"no captions in {root}: give each image a .txt beside it, or the folder a metadata.jsonl")
-        if len(self.pairs) < len(files):
-            log.warning(
-                "left out %d of %d images in %s, without caption", len(files) - len(self.pairs), len(files), root
-            )
+            name, text = path.relative_to(root), path.with_suffix(".txt")
+            if name in metadata or text.is_file():
+                caption = {"json": metadata[name]} if name in metadata else {"txt": text.read_bytes()}
+                self.samples.append({"__url__": root, "__key__": name, path.suffix[1:].lower(): path, **caption})
+        if not files:
+            raise BadInput(f"no images in {root}")
+        if not self.samples:
+            raise BadInput(f"no captions in {root}: expected 0.txt beside 0.jpg, and so on, or a metadata.jsonl")
+        if len(self) < len(files):
+            log.warning("left out %d of %d images in %s: without caption", len(files) - len(self), len(files), root)
+        self.probe(self.samples)
 
     @staticmethod
-    def _metadata(file: Path) -> dict[Path, str]:
-        told = {}
-        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else (), 1):
+    def metadata(file: Path) -> dict[Path, bytes]:
+        """Each image's line."""
+        lines = {}
+        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
             try:
                 row = json.loads(line)
-                told[file.parent / row["file_name"]] = row.get("text") or row.get("caption") or ""
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise BadInput(f"{file}, line {number}: no JSON object with file_name and text") from None
-        return told
+                name, _ = row["file_name"], row["text" if "text" in row else "caption"]
+                lines[Path(name)] = line
+            except (ValueError, TypeError, KeyError):
+                raise BadInput(f'{file}, line {number} is not {{"file_name": "0.jpg", "text": "a caption"}}') from None
+        return lines
 
     def __len__(self) -> int:
-        return len(self.pairs)
-
-    def _pair(self, index: int) -> Pair | None:
-        path, text = self.pairs[index]
-        try:
-            with Image.open(path) as image:
-                return prepare(image, text, {}, self.options)
-        except Unusable:
-            return None
-        except BROKEN as error:
-            log.warning("skipped %s: %s", path, error)
-            return None
+        return len(self.samples)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """An unusable image's place is taken by the next usable one."""
-        return collate([self._usable(index) for index in indices], self.tokenize)
-
-    def _usable(self, index: int) -> Pair:
-        found = (self._pair((index + i) % len(self)) for i in range(len(self)))
-        pair = next((pair for pair in found if pair is not None), None)
-        if pair is None:
-            raise BadInput("no image is readable and passes the filters")
-        return pair
+        """A whole batch at once. The next usable pair stands in for one that is not."""
+        n = len(self)
+        pairs = (self.first(self.samples[(i + k) % n] for k in range(n)) for i in indices)
+        return next(self.batched(pairs, len(indices)))
 
     def parts(self) -> list[Part]:
-        def read(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-            found = (self._pair(i) for i in range(first, min(first + 1024, len(self))))
-            return batches_of((pair for pair in found if pair is not None), 64, self.tokenize)
-
-        return [(f"{i:05d}", functools.partial(read, 1024 * i)) for i in range((len(self) + 1023) // 1024)]
+        slices = [self.samples[i : i + 1024] for i in range(0, len(self), 1024)]
+        return [(f"{i:05d}", lambda part=part: self.batched(self.usable(part))) for i, part in enumerate(slices)]
 
 
-class Shards:
-    """webdataset shards: jpg, png or webp with txt, or with json that holds a caption."""
+class Shards(Pairs, IterableDataset):
+    """webdataset's tar files, as img2dataset writes them: 0.jpg with 0.txt, or with 0.json that holds a caption."""
 
-    def __init__(self, pattern: str, options: PairOptions, tokenize: Tokenize):
-        self.pattern, self.options, self.tokenize = pattern, options, tokenize
-        self.urls: list[str] = webdataset.shardlists.expand_urls(pattern)
-        missing = [url for url in self.urls if ":" not in url and not Path(url).is_file()]
-        if missing:
-            raise BadInput(f"no such shard: {missing[0]} ({len(missing)} of {len(self.urls)} in {pattern})")
-        self.counts: Counter = Counter()  # members seen by this process, and why some were skipped
-        if next(self._pairs(self.urls), None) is None:
-            counts = ", ".join(f"{n} {what}" for what, n in self.counts.items()) or "no members"
-            raise BadInput(f"no usable images with captions in {pattern}: {counts}")
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        super().__init__(data, options, tokenize)
+        try:
+            self.urls = expand_urls(data)
+        except (AssertionError, ValueError) as error:  # unbalanced braces, unknown variables
+            raise BadInput(f"{data}: {error}") from None
+        for url in self.urls:
+            if "://" not in url and not url.startswith("pipe:") and not os.path.isfile(url):
+                raise BadInput(f"no such shard: {url}")
+        self.probe(self.samples(self.urls))
 
-    def _skip(self, where: str, why: str | Exception) -> bool:
-        self.counts["broken" if isinstance(why, Exception) else why] += 1
-        if why != "filtered":
-            log.warning("skipped %s: %s (so far: %s)", where, why, dict(self.counts))
-        return True  # to webdataset: go on
+    def samples(self, urls: list[str]) -> Iterator[dict]:
+        def goes_on(error: Exception) -> bool:
+            self.skip(url, error)
+            return isinstance(error, ValueError)  # as for two files of one name; a torn archive ends here
 
-    def _pairs(self, urls: list[str]) -> Iterator[Pair]:
-        """Every usable pair of these shards, in order."""
-        source = ({"url": url} for url in urls)
-        members = webdataset.tarfile_samples(source, handler=lambda error: self._skip("a shard's end", error))
-        for member in members:
-            self.counts["members"] += 1
-            where = f"{member['__url__']}: {member['__key__']}"
-            try:
-                encoded = next((member[e] for e in ("jpg", "jpeg", "png", "webp") if e in member), None)
-                meta = json.loads(member.get("json", b"{}"))
-                caption = member["txt"].decode(errors="replace") if "txt" in member else meta.get("caption")
-                if encoded is None:
-                    raise ValueError("no image")
-                with Image.open(io.BytesIO(encoded)) as image:
-                    yield prepare(image, caption, meta, self.options)
-            except Unusable as reason:
-                self._skip(where, str(reason))
-            except BROKEN as error:
-                self._skip(where, error)
-
-    def batches(self, batch_size: int, seed: int, start: int, rank: int, world: int) -> IterableDataset:
-        """An endless stream of batches for process `rank` of `world`, each of whose workers reads shards of its own.
-
-        A stream cannot skip the `start` batches that an earlier run took, so `start` goes into the seed: a resumed run
-        continues in another order. (A cache continues exactly.)
-        """
-        return _Stream(self, batch_size, f"{seed} {start}", rank, world)
+        for url in urls:
+            yield from webdataset.tarfile_to_samples(handler=goes_on)([{"url": url}])
 
     def parts(self) -> list[Part]:
-        def read(url: str) -> Iterator[tuple[Tensor, Tensor]]:
-            return batches_of(self._pairs([url]), 64, self.tokenize)
+        names = (re.sub(r"[^\w-]", "_", Path(url).stem) for url in self.urls)
+        return [
+            (f"{i:05d}-{name}", lambda url=url: self.batched(self.usable(self.samples([url]))))
+            for i, (name, url) in enumerate(zip(names, self.urls, strict=True))
+        ]
 
-        return [(f"{i:05d}", functools.partial(read, url)) for i, url in enumerate(self.urls)]
-
-
-class _Stream(IterableDataset):
-    def __init__(self, shards: Shards, batch_size: int, seed: str, rank: int, world: int):
-        self.shards, self.batch_size, self.seed, self.rank, self.world = shards, batch_size, seed, rank, world
-
-    def _epochs(self) -> Iterator[Pair]:
-        worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        readers, reader = self.world * workers, self.rank * workers + number
-        if len(self.shards.urls) < readers:
+    def check_readers(self, readers: int) -> None:
+        """A run calls it beforehand: an error in DataLoader's processes has many lines and takes 10 seconds to end."""
+        if len(self.urls) < readers:
             raise BadInput(
-                f"{len(self.shards.urls)} shards cannot be split over {readers} readers (processes x workers)"
+                f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers: "
+                "processes times --dataloader_num_workers must not be more than the shards"
             )
-        epoch = 0
-        while True:
-            urls = list(self.shards.urls)
-            random.Random(f"{self.seed} {epoch}").shuffle(
-                urls
-            )  # the same for all readers, so their shares are disjoint
-            before = self.shards.counts["members"]
-            buffer = random.Random(f"{self.seed} {epoch} {reader}")
-            pairs = self.shards._pairs(urls[reader::readers])
-            yield from webdataset.filters.shuffle(bufsize=SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=buffer)(pairs)
-            if self.shards.counts["members"] == before:
-                raise BadInput(f"the shards of reader {reader} of {self.shards.pattern} are empty")
-            epoch += 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches_of(self._epochs(), self.batch_size, self.shards.tokenize)
+    def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> IterableDataset:
+        """Batches without end for process `rank` of `world`, by DataLoader(batch_size=None).
+
+        A stream cannot skip to its `start`-th batch without reading all before. So `start` is part of the seed, and a
+        resumed run goes on in a new order.
+        """
+        stream = copy.copy(self)
+        stream.place = batch_size, f"{seed} {start}", rank, world
+        return stream
+
+    def __iter__(self) -> Batches:
+        batch_size, seed, rank, world = self.place
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        self.check_readers(world * workers)
+        return self.batched(self.epochs(seed, rank * workers + worker, world * workers), batch_size)
+
+    def epochs(self, seed: str, reader: int, readers: int) -> Iterator[tuple[Tensor, str]]:
+        """In each epoch the shards are dealt out anew to the readers, which are the workers of all processes."""
+        for epoch in itertools.count():
+            urls = random.Random(f"{seed} {epoch}").sample(self.urls, len(self.urls))  # the same for all readers
+            shuffle = webdataset.shuffle(1000, rng=random.Random(f"{seed} {epoch} {reader}"))
+            before = self.counts["usable"]
+            yield from self.usable(shuffle(self.samples(urls[reader::readers])))  # shuffled while still compressed
+            if self.counts["usable"] == before:  # bad luck if other shards hold some: the next deal is another
+                self.probe(self.samples(self.urls))
 
 
 def load_pairs(data: str, options: PairOptions, tokenize: Tokenize) -> CaptionFolder | Shards:
-    return (Shards if data.endswith(".tar") else CaptionFolder)(data, options, tokenize)
+    """Image-caption pairs of shards (paths or urls of tar files, with braces, joined by ::) or of a folder."""
+    shards = ".tar" in data and not os.path.isdir(data)
+    return (Shards if shards else CaptionFolder)(data, options, tokenize)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: encode once, train from there
-# ---------------------------------------------------------------------------------------------------------------------
+# -- the cache of encoded pairs ---------------------------------------------------------------------------------------
 
 
 def cache_pairs(
-    pairs: CaptionFolder | Shards, folder: str, made_from: dict, encode: Callable, rank: int, world: int
+    dataset: CaptionFolder | Shards,
+    folder: str,
+    made_from: dict,
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    rank: int,
+    world: int,
 ) -> None:
-    """Encodes every part into folder/<part>.safetensors, renamed into place: what exists is not made again."""
-    root, parts = writable_folder(folder), pairs.parts()
-    record = {**made_from, "parts": len(parts)}
-    if (root / "cache.json").is_file():
-        there = json.loads((root / "cache.json").read_text())
-        differing = [key for key in sorted({*there, *record}) if there.get(key) != record.get(key)]
+    """Encodes each part once, into a file of its own; those that an interrupted run left are kept.
+
+    Process `rank` does its share only: wait for the others before reading.
+    """
+    target, parts = writable_folder(folder), dataset.parts()
+    index, wanted = target / "cache.json", {**made_from, "parts": [name for name, _ in parts]}
+    if index.is_file():
+        there = json.loads(index.read_text())
+        differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
         if differing:
-            words = ", ".join(f"{key} was {there.get(key)} and is {record.get(key)}" for key in differing)
-            raise BadInput(f"--cache_latents {folder} was made otherwise ({words}): another folder please")
+            pairs = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
+            raise BadInput(f"--cache_latents {folder} was made from {pairs or 'other parts'}: another folder please")
     elif rank == 0:
-        (root / "cache.json.tmp").write_text(json.dumps(record, indent=2))
-        (root / "cache.json.tmp").rename(root / "cache.json")
-    todo = [part for part in parts[rank::world] if not (root / f"{part[0]}.safetensors").is_file()]
-    for name, read in tqdm(todo, desc="latents", unit="part", disable=rank != 0 or not todo, leave=False):
-        encoded = [encode(*batch) for batch in read()]
-        columns = [torch.cat(column).contiguous() for column in zip(*encoded, strict=True)]
-        draft = root / f"{name}.safetensors.tmp"
-        save_file(dict(zip(("x0", "cond"), columns, strict=False)), draft)  # no tensors where nothing was usable
-        draft.rename(root / f"{name}.safetensors")
+        draft = target / "cache.json.tmp"
+        draft.write_text(json.dumps(wanted, indent=2))
+        draft.rename(index)
+    for name, read in tqdm(parts[rank::world], desc="encoding", unit="part", mininterval=1, disable=rank != 0):
+        final, draft = target / f"{name}.safetensors", target / f"{name}.tmp"
+        if not final.exists():
+            encoded = [[tensor.cpu() for tensor in encode(*batch)] for batch in read()]
+            empty = [[torch.empty(0), torch.empty(0)]]  # of a part without usable pairs
+            x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded or empty, strict=True))
+            save_file({"x0": x0, "cond": cond}, draft)
+            draft.rename(final)
 
 
 class CachedLatents(Dataset):
-    """(x_0, caption embedding) from a cache. Rows are read from disk when asked for: it may be larger than memory."""
+    """What `cache_pairs` wrote, read row by row, since it may exceed memory. No file stays open: there may be many."""
 
     def __init__(self, folder: str):
-        self.root = Path(folder)
-        parts = json.loads((self.root / "cache.json").read_text())["parts"]
-        self.files = [self.root / f"{i:05d}.safetensors" for i in range(parts)]
+        index = Path(folder) / "cache.json"
+        if not index.is_file():
+            raise BadInput(f"no cached latents in {folder}")
+        self.files = [Path(folder) / f"{name}.safetensors" for name in json.loads(index.read_text())["parts"]]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
-            raise BadInput(f"the cache {folder} is unfinished: {missing[0]} is missing")
-        self.ends = np.cumsum([self._rows(file) for file in self.files])
-
-    @staticmethod
-    def _rows(file: Path) -> int:
-        with safe_open(file, "pt") as part:
-            return part.get_slice("x0").get_shape()[0] if "x0" in part.keys() else 0
+            raise BadInput(f"{folder} lacks {len(missing)} of {len(self.files)} parts: {missing[0]} is the first")
+        self.starts = [0]  # of each part's rows in the whole, and the end
+        for file in self.files:
+            with safe_open(file, "pt") as part:
+                self.starts.append(self.starts[-1] + part.get_slice("x0").get_shape()[0])
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.starts[-1]
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        which = bisect.bisect_right(self.starts, index) - 1
+        with safe_open(self.files[which], "pt") as part:
+            row = index - self.starts[which]
+            return part.get_slice("x0")[row], part.get_slice("cond")[row]
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rows: dict[int, tuple[Tensor, Tensor]] = {}
-        which = np.searchsorted(self.ends, indices, side="right")
-        for number in np.unique(which):  # each file is opened once a batch, in whichever process reads
-            with safe_open(self.files[number], "pt") as part:
-                x0, cond = part.get_slice("x0"), part.get_slice("cond")
-                first = int(self.ends[number - 1]) if number else 0
-                for index in {i for i, n in zip(indices, which, strict=True) if n == number}:
-                    rows[index] = x0[index - first], cond[index - first]
-        return torch.stack([rows[i][0] for i in indices]), torch.stack([rows[i][1] for i in indices])
+        """A whole batch at once."""
+        x0, cond = zip(*map(self.row, indices), strict=True)
+        return torch.stack(x0), torch.stack(cond)

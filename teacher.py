@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,8 +35,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     draft = folder / "pipeline.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     if getattr(pipeline.unet, "peft_config", None):
-        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-        type(pipeline).save_lora_weights(draft, unet_lora_layers=lora)
+        type(pipeline).save_lora_weights(draft, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
         pipeline.scheduler.save_pretrained(draft / "scheduler")
     else:
         pipeline.save_pretrained(draft)

@@ -1,0 +1,183 @@
+"""Stable Diffusion is one more kind of teacher: random weights, its own format, stock diffusers as the oracle."""
+
+import json
+
+import pytest
+import torch
+from conftest import one_line
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
+from PIL import Image
+
+import distill
+import sample
+from kinds import StableDiffusion
+from teacher import load
+from toy.tiny_sd import CLIP, LENGTH, TEMPLATES, WIDTH, caption, make_tokenizer
+
+WORDS = ["cat", "ship", "airplane"]
+
+
+def pipeline(prediction_type="epsilon", scheduler=DDPMScheduler, **unet) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer([caption(word, i) for word in WORDS for i in range(len(TEMPLATES))])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.7,
+    )
+    network = UNet(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=WIDTH,
+        **unet,
+    )
+    noise = scheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        steps_offset=1,
+    )
+    text = CLIP(tokenizer).text
+    return StableDiffusionPipeline(vae, text, tokenizer, network, noise, None, None, requires_safety_checker=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def saved(*args, **kwargs) -> str:
+        pipeline(*args, **kwargs).save_pretrained(tmp_path / "teacher")
+        return str(tmp_path / "teacher")
+
+    return saved
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """24 images of 16x16 with captions beside them."""
+    (tmp_path / "captions").mkdir()
+    for i in range(24):
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"captions/{i:02d}.png")
+        (tmp_path / f"captions/{i:02d}.txt").write_text(caption(WORDS[i % 3], i))
+    return tmp_path / "captions"
+
+
+def flags(folder: str, captions, out, **more) -> list:
+    common = {"max_train_steps": 3, "train_batch_size": 4, "lr_warmup_steps": 0, "learning_rate": 1e-3, "seed": 3}
+    common |= {"pretrained_teacher_model": folder, "data": captions, "output_dir": out, "mixed_precision": "no"}
+    return [f"--{flag}={value}" for flag, value in (common | more).items()]
+
+
+def losses(out) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_guidance_in_one_batch_is_two_passes_of_stock_parts(folder, prediction_type):
+    model = load(folder(prediction_type))
+    assert isinstance(model, StableDiffusion)
+    stock = StableDiffusionPipeline.from_pretrained(model.name)
+    scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    scheduler.set_timesteps(1000)
+    embedded, nothing = stock.encode_prompt("a photo of a cat", "cpu", 1, True)
+    x, t, w = torch.randn(1, 4, 8, 8), 700, 2.5
+    rows, forward = [], model.network.forward
+    model.network.forward = lambda x, t, **cond: rows.append(len(x)) or forward(x, t, **cond)
+    with torch.no_grad():
+        with_prompt = stock.unet(x, t, encoder_hidden_states=embedded).sample
+        without = stock.unet(x, t, encoder_hidden_states=nothing).sample
+        for weight, passes in ((w, 2), (0.0, 1)):
+            guided = with_prompt + weight * (with_prompt - without)
+            cond = model.condition(model.labels(["a photo of a cat"]))
+            x0, _ = model.predict(x, torch.tensor([t]), cond, weight)
+            wanted = scheduler.step(guided, t, x).pred_original_sample
+            assert torch.allclose(x0, wanted, rtol=1e-3, atol=1e-3)
+            assert rows.pop() == passes and not rows  # w = 0 makes no unconditional pass
+    assert (with_prompt - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "prediction_type, more",
+    [
+        ("epsilon", {"guidance_w": 3.0, "gamma_conditioning": "embedding", "mixed_precision": "bf16"}),
+        ("v_prediction", {"gradient_checkpointing": None, "metric": "l2"}),
+        ("epsilon", {"lora_rank": 2}),
+    ],
+)
+def test_a_student_loads_in_stock_diffusers_and_samples_as_ours(
+    folder, captions, tmp_path, call, prediction_type, more
+):
+    """Full or LoRA; 1 and 4 steps; and guidance_scale above 1 is diffusers' for any plain model."""
+    teacher, out = folder(prediction_type), tmp_path / "out"
+    command = [flag.removesuffix("=None") for flag in flags(teacher, captions, out, **more)]
+    status, _, err = call(distill.main, *command)
+    assert status == 0, err
+    if "lora_rank" in more:
+        stock = StableDiffusionPipeline.from_pretrained(teacher)
+        stock.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+        stock.scheduler = LCMScheduler.from_pretrained(out / "scheduler")
+    else:
+        stock = StableDiffusionPipeline.from_pretrained(out)
+    stock.set_progress_bar_config(disable=True)
+    before = pipeline(prediction_type).unet.state_dict()
+    student = load(str(out))
+    assert any((student.network.state_dict()[name] - weight).abs().max() > 1e-4 for name, weight in before.items())
+    for steps in (1, 4):
+        ours = sample.sample(student, range(7, 9), steps, prompts=["a cat", "a ship"])
+        generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        latents = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+        options = {"num_inference_steps": steps, "generator": generators, "latents": latents, "output_type": "pt"}
+        theirs = stock(["a ship", "a cat"], guidance_scale=1, **options).images
+        assert torch.allclose(ours / 2 + 0.5, theirs, atol=2e-4)
+
+
+def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
+    teacher = folder()
+    for out, more in (("plain", {}), ("cached", {"cache_latents": tmp_path / "cache"})):
+        status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / out, guidance_w=2.0, **more))
+        assert status == 0, err
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    other = flags(teacher, captions, tmp_path / "o", resolution=8, cache_latents=tmp_path / "cache")
+    status, _, err = call(distill.main, *other)
+    assert status == 2 and "resolution 16, not 8" in one_line(err)
+
+
+def test_what_others_released_is_told_w_zero_as_stock_diffusers_tells_it(folder):
+    """A U-Net with time_cond_proj_dim, as LCM's: guidance_scale 1 is the embedding of w = 0, which is not zero."""
+    model = load(folder(scheduler=LCMScheduler, time_cond_proj_dim=8))
+    assert model.is_student
+    generator = torch.Generator().manual_seed(3)
+    options = {"latents": torch.randn(4, 8, 8, generator=generator)[None], "generator": [generator]}
+    stock = StableDiffusionPipeline.from_pretrained(model.name)
+    theirs = stock("a cat", num_inference_steps=2, guidance_scale=1, output_type="pt", **options).images
+    ours = sample.sample(model, range(3, 4), 2, prompts=["a cat"])
+    assert torch.allclose(ours / 2 + 0.5, theirs, atol=2e-4)
+    silent = model.condition(model.labels(["a cat"])) | {"timestep_cond": torch.zeros(1, 8)}
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([999])
+    told, untold = (model.predict(x, t, c)[1] for c in (model.condition(model.labels(["a cat"])), silent))
+    assert (told - untold).abs().max() > 1e-4
+
+
+def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, call):
+    teacher = folder()
+    for more, words in (
+        ({"data": f"{tmp_path}/{{0..3}}.tar"}, "no such shard"),
+        ({"resolution": 15}, "--resolution 15"),
+    ):
+        status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / "out", **more))
+        assert status == 2 and words in one_line(err), err
+    for path in captions.glob("*.txt"):
+        path.unlink()
+    status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / "out"))
+    assert status == 2 and "no captions in" in one_line(err)
+    assert LENGTH == load(teacher).labels(["x " * 99]).shape[1]  # long prompts are cut off
