@@ -93,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
         prog="teacher.py",
         description="Train a teacher on images or on a 2-D distribution.",
         usage="teacher.py --data DATA [flags]",
-        epilog=training.recipe_text({kind.__name__: kind.training_recipe for kind in (PointTeacher, ImageTeacher)}),
+        epilog=training.recipe_text(
+            "Defaults by kind of teacher",
+            {kind.__name__: kind.training_recipe for kind in (PointTeacher, ImageTeacher)},
+        ),
         formatter_class=training.Help,
     )
     p.add_argument("--data", required=True, help="folder of images, or toy:<name>")

@@ -51,10 +51,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if without or not action.option_strings else f"{action.help} (default %(default)s)"
 
 
-def recipe_text(recipes: dict[str, dict]) -> str:
-    """The end of a program's help: defaults that depend on what is trained."""
+def recipe_text(title: str, recipes: dict[str, dict]) -> str:
+    """For the end of a program's help: sets of flags by name, written as one would type them."""
     lines = (f"  {name}: " + " ".join(f"--{flag} {value}" for flag, value in r.items()) for name, r in recipes.items())
-    return "Defaults by kind of teacher:\n" + "\n".join(lines)
+    return f"{title}:\n" + "\n".join(lines) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -168,6 +168,20 @@ def test_what_others_released_is_told_w_zero_as_stock_diffusers_tells_it(folder)
     assert (told - untold).abs().max() > 1e-4
 
 
+def test_a_preset_is_the_papers_recipe_and_flags_replace_its_parts(folder, captions, tmp_path, call):
+    out = tmp_path / "out"
+    more = {"pretrained_teacher_model": folder(), "data": captions, "output_dir": out, "train_batch_size": 2}
+    command = [f"--{flag}={value}" for flag, value in more.items()] + ["--max_train_steps=1"]
+    status, _, err = call(distill.main, "--preset=sd21-base", "--k=40", *command)
+    assert status == 0, err
+    used = json.loads((out / "metrics.json").read_text())["configuration"]
+    stated = {"guidance_w": 8.0, "metric": "l2", "solver_step": 20, "learning_rate": 8e-6, "ema_decay": 0.95}
+    stated |= {"max_grad_norm": 10.0, "adam_weight_decay": 0.0, "gamma_conditioning": "embedding"}
+    assert {name: used[name] for name in stated} == stated and used["k"] == 40 and used["max_train_steps"] == 1
+    status, text, _ = call(distill.main, "--help")
+    assert status == 0 and "--k 100 --guidance_w 3.0 --metric huber" in text
+
+
 def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, call):
     teacher = folder()
     for more, words in (
