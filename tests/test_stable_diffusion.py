@@ -146,8 +146,8 @@ def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
     for out, more in (("plain", {}), ("cached", {"cache_latents": tmp_path / "cache"})):
         status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / out, guidance_w=2.0, **more))
         assert status == 0, err
-    # To rounding: the cache encodes in other batches, and AdamW magnifies the difference from the second step on.
-    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)
+    # The first, to rounding: the cache encodes in other batches, and AdamW magnifies what that changes.
+    assert losses(tmp_path / "cached")[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=2e-4)
     other = flags(teacher, captions, tmp_path / "o", resolution=8, cache_latents=tmp_path / "cache")
     status, _, err = call(distill.main, *other)
     assert status == 2 and "resolution 16, not 8" in one_line(err)
