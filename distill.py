@@ -8,6 +8,7 @@ accelerate launch distill.py ...                            the same on many GPU
 import argparse
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -121,37 +122,30 @@ def check(args: argparse.Namespace, teacher: Teacher) -> None:
         raise BadInput(f"--gradient_checkpointing: a {type(teacher.network).__name__} has none")
 
 
-@program
-def main() -> None:
-    p = parser()
-    first, _ = p.parse_known_args()
-    preset = PRESETS.get(first.preset, {})
-    p.set_defaults(**preset)
-    first, _ = p.parse_known_args()
-    folder = writable_folder(first.output_dir)
-    teacher = fit_or_load(first.pretrained_teacher_model, folder / "teacher", first.seed, first.mixed_precision)
-    p.set_defaults(**{"data": teacher.default_data, **teacher.recipe, **preset})
-    args = p.parse_args()
-    check(args, teacher)
+class Distillation:
+    """One run of Algorithm 1: its networks, data and optimizer. `python evaluate.py throughput` times its steps."""
 
-    set_seed(args.seed)  # of the γ-projection's weights, before they are made
-    network = teacher.copy_network(args.lora_rank)
-    if args.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    student = ConsistencyFunction(network, teacher.schedule, teacher.prediction_type, args.gamma_conditioning)
-    target = copy.deepcopy(student).eval().requires_grad_(False)
-    teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
-    run = training.Run(args, student, teacher.dataset(args), {"target": target})
-    if args.torch_compile:
-        for module in (network, target.network, teacher.network):
-            module.compile()
+    def __init__(self, args: argparse.Namespace, teacher: Teacher):
+        self.args, self.teacher = args, teacher
+        set_seed(args.seed)  # of the γ-projection's weights, before they are made
+        network = teacher.copy_network(args.lora_rank)
+        if args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        student = ConsistencyFunction(network, teacher.schedule, teacher.prediction_type, args.gamma_conditioning)
+        self.target = copy.deepcopy(student).eval().requires_grad_(False)
+        teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
+        self.run = training.Run(args, student, teacher.dataset(args), {"target": self.target})
+        if args.torch_compile:
+            for module in (network, self.target.network, teacher.network):
+                module.compile()
 
-    def loss_of(data: Tensor, label: Tensor, draws: Draws) -> Tensor:
-        with run.accelerator.autocast():
+    def loss(self, data: Tensor, label: Tensor, draws: Draws) -> Tensor:
+        args, teacher = self.args, self.teacher
+        with self.run.accelerator.autocast():
             x0, cond = teacher.prepare(data, label)
             return splad_loss(
-                run.model,
-                target,
+                self.run.model,
+                self.target,
                 lambda x, t: teacher.predict(x, t, cond, args.guidance_w),
                 teacher.schedule,
                 x0,
@@ -164,27 +158,51 @@ def main() -> None:
                 metric=args.metric,
             )
 
-    def finished() -> Teacher:
-        return teacher.student(target.plain_state_dict(), len(teacher.schedule) // args.solver_step, args.lora_rank)
-
-    prompts = read_prompts(args.prompts)
-    for step, batches in run:
+    def step(self, step: int, batches: Iterator) -> float:
+        """The optimizer's step number `step`, and the target's; returns the loss."""
+        run, teacher = self.run, self.teacher
         shape = (run.total_batch_size, *teacher.shape)
-        draws = draw(shape, len(teacher.schedule), args.solver_step, run.generator(step))
-        loss = run.optimize(
-            loss_of(*batch, Draws(*rows)) for batch, rows in zip(batches, run.split(draws), strict=True)
-        )
-        ema_update(target, run.accelerator.unwrap_model(run.model), args.ema_decay)
-        run.log(step, loss=loss)
+        draws = draw(shape, len(teacher.schedule), self.args.solver_step, run.generator(step))
+        pairs = zip(batches, run.split(draws), strict=True)
+        loss = run.optimize(self.loss(*batch, Draws(*rows)) for batch, rows in pairs)
+        ema_update(self.target, run.accelerator.unwrap_model(run.model), self.args.ema_decay)
+        return loss
+
+    def student(self) -> Teacher:
+        """The few-step model as it is now: the target's weights at γ = 1."""
+        steps = len(self.teacher.schedule) // self.args.solver_step
+        return self.teacher.student(self.target.plain_state_dict(), steps, self.args.lora_rank)
+
+
+def configure(p: argparse.ArgumentParser) -> tuple[argparse.Namespace, Teacher]:
+    """The flags, whose defaults are the preset's and the teacher's kind's, and the teacher."""
+    first, _ = p.parse_known_args()
+    preset = PRESETS.get(first.preset, {})
+    p.set_defaults(**preset)
+    first, _ = p.parse_known_args()
+    folder = writable_folder(first.output_dir)
+    teacher = fit_or_load(first.pretrained_teacher_model, folder / "teacher", first.seed, first.mixed_precision)
+    p.set_defaults(**{"data": teacher.default_data, **teacher.recipe, **preset})
+    args = p.parse_args()
+    check(args, teacher)
+    return args, teacher
+
+
+@program
+def main() -> None:
+    args, teacher = configure(parser())
+    folder, prompts = Path(args.output_dir), read_prompts(args.prompts)
+    distillation = Distillation(args, teacher)
+    run = distillation.run
+    for step, batches in run:
+        run.log(step, loss=distillation.step(step, batches))
         run.checkpoint(step)
         if args.validation_steps and step % args.validation_steps == 0 and run.accelerator.is_main_process:
-            grid = teacher.picture(
-                sample(finished().to(run.accelerator.device), range(teacher.pictured), 4, prompts=prompts)
-            )
+            student = distillation.student().to(run.accelerator.device)
+            grid = teacher.picture(sample(student, range(teacher.pictured), 4, prompts=prompts))
             grid.save(writable_folder(folder / "samples") / f"step-{step}.png")
-
     if run.accelerator.is_main_process:
-        finish(args, teacher, finished(), folder)
+        finish(args, teacher, distillation.student(), folder)
 
 
 def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder: Path) -> None:

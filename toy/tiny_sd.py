@@ -45,7 +45,7 @@ def write_shards(images: Images, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(len(images.samples), generator=torch.Generator().manual_seed(0)).tolist()
     for shard in tqdm(range(SHARDS), desc="shards", unit="tar", leave=False):
-        path, draft = folder / f"{shard:03d}.tar", folder / f"{shard:03d}.tar.tmp"
+        path, draft = folder / f"cifar-{shard:03d}.tar", folder / f"cifar-{shard:03d}.tar.tmp"
         if path.is_file():
             continue
         with webdataset.TarWriter(str(draft)) as tar:
@@ -55,7 +55,7 @@ def write_shards(images: Images, folder: Path) -> str:
                 text = caption(images.classes[images.labels[i]], i)
                 tar.write({"__key__": f"{i:06d}", "png": png.getvalue(), "txt": text})
         draft.rename(path)
-    return f"{folder}/{{000..{SHARDS - 1:03d}}}.tar"
+    return f"{folder}/cifar-{{000..{SHARDS - 1:03d}}}.tar"
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
