@@ -62,6 +62,36 @@ def read_prompts(values: list[str]) -> list[str]:
     return lines
 
 
+def centre_square(image: Image.Image, resolution: int) -> Tensor:
+    """The middle of the larger side, resized by LANCZOS: uint8 (3, R, R)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).convert("RGB")
+    pixels = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+class ImageFiles:
+    """Images of any size as centre squares of one, read when they are asked for: sets that exceed memory."""
+
+    def __init__(self, files: list[Path], resolution: int):
+        self.files, self.resolution = files, resolution
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """uint8 (B, 3, R, R), without the broken ones."""
+        squares = []
+        for i in indices.tolist():
+            try:
+                with Image.open(self.files[i]) as image:
+                    squares.append(centre_square(image, self.resolution))
+            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files, by format
+                log.warning("skipped %s: %s", self.files[i], error)
+        return torch.stack(squares) if squares else torch.empty(0, 3, *[self.resolution] * 2, dtype=torch.uint8)
+
+
 class Images(Dataset):
     """Images in memory with their class. Item i >= len(samples) is the mirror image of item i - len(samples)."""
 
@@ -79,24 +109,31 @@ class Images(Dataset):
         return torch.where((index >= len(self.samples)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
 
 
+def image_files(folder: str, split: str) -> list[Path]:
+    """Images below `folder/split`; below `folder` itself for the train split of a folder without splits. None only for
+    a folder named cifar10*, which torchvision can fill."""
+    root = Path(folder) / split
+    if split == "train" and not root.is_dir():
+        root = Path(folder)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files and not Path(folder).name.startswith("cifar10"):
+        raise BadInput(f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
+    return files
+
+
 def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
-    """All images below `folder/split/<class>/`; below `folder` itself for the train split of a folder without splits.
+    """All images below `folder/split/<class>/`, in memory.
 
     A folder named cifar10* that holds no images is filled by torchvision's download (which checks the archive's md5
     before it opens it). Broken files are skipped, named in the log, and counted. The images must be square and all of
     one size, `resolution` where it is given.
     """
-    root = Path(folder) / split
-    if split == "train" and not root.is_dir():
-        root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not files and Path(folder).name.startswith("cifar10"):
-        return _torchvision_cifar10(folder, split, mirror)
+    files = image_files(folder, split)
     if not files:
-        raise BadInput(f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
+        return _torchvision_cifar10(folder, split, mirror)
     classes = sorted({path.parent.name for path in files})
     pixels, labels, broken = [], [], 0
-    for path in tqdm(files, desc=f"images {root}", unit="img", leave=False, mininterval=1):
+    for path in tqdm(files, desc=f"images {folder}", unit="img", leave=False, mininterval=1):
         try:
             with Image.open(path) as image:
                 array = np.asarray(image.convert("RGB"))
@@ -110,9 +147,9 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
         pixels.append(array)
         labels.append(classes.index(path.parent.name))
     if broken:
-        log.warning("skipped %d broken of %d files in %s", broken, len(files), root)
+        log.warning("skipped %d broken of %d files in %s", broken, len(files), folder)
     if not pixels:
-        raise BadInput(f"no readable images in {root}: all {broken} are broken")
+        raise BadInput(f"no readable images in {folder}: all {broken} are broken")
     return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), classes, mirror)
 
 

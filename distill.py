@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 import training
+from comparison import compare, machine, print_table
 from data import BadInput, program, read_prompts, writable_folder
-from evaluate import compare, machine, print_table
 from kinds import KINDS, Teacher
 from sample import sample
 from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
@@ -214,7 +214,7 @@ def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder:
     many = max(teacher.evaluation["teacher_steps"])
     if args.num_eval_samples:
         comparison = compare(
-            student,
+            {"student": student},
             teacher,
             args.data,
             steps=STEPS,

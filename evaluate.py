@@ -1,213 +1,75 @@
-"""How good is a student? Distances to data and to the teacher, network evaluations and time per sample.
+"""How good is a student, and how fast? Four programs:
 
-`python evaluate.py STUDENT` prints the table. `python evaluate.py features` trains the small classifier whose features
-stand in for Inception's where nothing can be downloaded.
+python evaluate.py STUDENT ...      the table: distances to data and teacher, prompts that were understood, time
+python evaluate.py error MODEL ...  the approximated error of Fig. 2(c), by time step
+python evaluate.py throughput ...   speed, memory and parts of a training step; the flags are distill.py's
+python evaluate.py features ...     trains a classifier whose features stand in for Inception's, without a download
 """
 
 import argparse
+import itertools
 import json
-import logging
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import scipy
+import matplotlib
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
 import training
+from comparison import compare, machine, network_seconds, print_table
 from data import BadInput, Images, load_images, program, read_prompts, writable_folder
-from kinds import Teacher, to_pixels
-from sample import sample
+from distill import Distillation, configure, parser
+from kinds import Teacher
 from teacher import load
 
-log = logging.getLogger("evaluate")
-logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # a file that cannot be read is reported here, in one line
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between sets of samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def wasserstein2(a: Tensor, b: Tensor) -> float:
-    """Exact W2 (rooted, in data units) of two equally large sets of points (n, d), by optimal assignment."""
-    cost = torch.cdist(a.double(), b.double()).square().numpy()
-    rows, columns = scipy.optimize.linear_sum_assignment(cost)
-    return float(np.sqrt(cost[rows, columns].mean()))
+PROTOCOLS = {  # as the literature does it: --data is the folder of the whole validation set, --prompts the captions
+    # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
+    "coco2014-30k": {"num_samples": 30000, "resolution": 256, "clip_model": "ViT-g-14/laion2b_s12b_b42k"},
+    # FID-5k of guided distillation (Meng et al.): at the size that the model makes.
+    "coco2017-5k": {"num_samples": 5000, "clip_model": "ViT-g-14/laion2b_s12b_b42k"},
+}
 
 
-def mmd(a: Tensor, b: Tensor) -> float:
-    """RBF maximum mean discrepancy (rooted, unbiased before the root), the mean of the bandwidths 0.1, 0.3 and 1."""
-    n, total = len(a), 0.0
-    aa, bb, ab = (torch.cdist(p.double(), q.double()).square() for p, q in ((a, a), (b, b), (a, b)))
-    for bandwidth in (0.1, 0.3, 1.0):
-        kernel_aa, kernel_bb, kernel_ab = ((-d / (2 * bandwidth**2)).exp() for d in (aa, bb, ab))
-        inside = (kernel_aa.sum() + kernel_bb.sum() - 2 * n) / (n * (n - 1))
-        total += (inside - 2 * kernel_ab.mean()).item() / 3
-    return max(total, 0.0) ** 0.5
-
-
-class PointDistances:
-    """W2 and MMD of 2-D points to reference points."""
-
-    name = "the points themselves"
-
-    def __init__(self, reference: Tensor):
-        self.reference = reference
-
-    def __call__(self, samples: Tensor) -> dict[str, float]:
-        n = min(len(samples), len(self.reference), 2048)  # the assignment costs n³
-        reference = self.reference[:n]
-        return {"W2": wasserstein2(samples[:n], reference), "MMD": mmd(samples[:n], reference)}
-
-
-class FrechetDistance:
-    """Fréchet distance by torch-fidelity, on its Inception ("inception": FID) or on an exported network (.pt2: FD).
-
-    An exported network maps uint8 images (B, 3, H, W) to (features (B, D), logits). Its file holds a graph, not code,
-    and torch.load, forbidden to execute any (data.py), takes only tensors from it.
-    """
-
-    def __init__(self, features: str, reference: Tensor, device: torch.device):
-        self.name, self.device = features, device
-        try:
-            if features == "inception":
-                cuda = device.type == "cuda"
-                self.extractor = create_feature_extractor("inception-v3-compat", ["2048"], cuda=cuda, verbose=False)
-            else:
-                self.extractor = torch.export.load(features).module().to(device)
-        except Exception as error:  # a missing file, no network, or a file of another kind, each with its own type
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"cannot load the feature extractor {features}: {reason}") from error
-        self.reference = self._statistics(reference)
-
-    @torch.no_grad()
-    def _statistics(self, pixels: Tensor) -> dict:
-        batches = tqdm(pixels.split(250), desc="features", unit="batch", leave=False, mininterval=1)
-        features = [self.extractor(batch.to(self.device))[0].float().cpu() for batch in batches]
-        return fid_features_to_statistics(torch.cat(features))
-
-    def __call__(self, samples: Tensor) -> dict[str, float]:
-        """`samples` are x_0 in [-1, 1], or uint8 images."""
-        pixels = samples if samples.dtype == torch.uint8 else torch.from_numpy(to_pixels(samples)).permute(0, 3, 1, 2)
-        metric = fid_statistics_to_metric(self._statistics(pixels), self.reference, verbose=False)
-        return {"FID" if self.name == "inception" else "FD": metric["frechet_inception_distance"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """A table, one dictionary a row; a batch of samples for each row; and what they were measured against."""
-
-    rows: list[dict]
-    samples: dict[str, Tensor]
-    reference: str
-
-
-def compare(
-    student: Teacher,
-    teacher: Teacher,
-    data: str,
-    *,
-    steps: Sequence[int],
-    teacher_steps: Sequence[int],
-    num_samples: int,
-    features: str = "inception",
-    split: str = "train",
-    seed: int = 0,
-    w: float = 0.0,
-    prompts: Sequence[str] = (),
-    batch_size: int = 1024,
-    mixed_precision: str = "no",
-) -> Comparison:
-    """Rows: held-out data (the floor), the teacher by DDIM, the student; every sampler from the same seeds.
-
-    "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
-    the same noise. It is defined for maps of the noise: DDIM at any number of steps, the student at one.
-    """
-    reference = student.reference(data, split)
-    if reference.ndim == 2:
-        distances = PointDistances(reference)
-    else:
-        distances = FrechetDistance(features, reference, student.network.device)
-    shown = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:num_samples]
-    points = reference.ndim == 2
-    samples, rows = {"data": reference[shown] if points else reference[shown] / 127.5 - 1}, []
-    try:
-        held_out = student.reference(data, "train" if split == "test" else "test")
-        rows.append({"sampler": "held-out data", **distances(held_out[spread(len(held_out), num_samples)])})
-    except BadInput as error:
-        log.warning("no row of held-out data: %s", error)
-    plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
-    plan += [("student", student, n, 0.0) for n in sorted(steps)]
-    endpoint = None
-    for name, model, n, guidance in plan:
-        begin = time.perf_counter()
-        seeds = range(seed, seed + num_samples)
-        x = sample(model, seeds, n, w=guidance, prompts=prompts, batch_size=batch_size, mixed_precision=mixed_precision)
-        seconds = time.perf_counter() - begin
-        row = {"sampler": name, "steps": n, "evaluations": n * (2 if guidance else 1), **distances(x)}
-        if endpoint is None and model is teacher:
-            endpoint = x
-        elif endpoint is not None and (model is teacher or n == 1):
-            row["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
-        rows.append({**row, "ms/sample": 1000 * seconds / num_samples})
-        samples[f"{name}, {n} step{'s' * (n > 1)}"] = x
-    against = f"{len(reference)} samples of {data} ({split}), features: {distances.name}"
-    return Comparison(rows, samples, f"{num_samples} samples a row, in batches of {batch_size}, against {against}")
-
-
-def spread(length: int, n: int) -> Tensor:
-    """At most n indices below `length`, evenly spread, because the files of a data set are sorted by class."""
-    return torch.linspace(0, length - 1, min(length, n)).long()
-
-
-def print_table(comparison: Comparison) -> None:
-    columns = list(dict.fromkeys(column for row in comparison.rows for column in row))
-    lines = [columns]
-    for row in comparison.rows:
-        values = [row.get(column, "-") for column in columns]
-        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True))]))
-    print(f"{comparison.reference}; {machine()}")
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
-
-
-def evaluate() -> None:
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Print the table of a student and its teacher.")
-    p.add_argument("student", help='pipeline folder, or "features" for what "evaluate.py features --help" tells')
-    p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the student (paper: 1, 2, 4)")
+def table() -> None:
+    p = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Print the table of students and their teacher. Others: evaluate.py error, throughput, features.",
+        epilog=training.recipe_text("Protocols, of which a flag that is given replaces its part", PROTOCOLS),
+        formatter_class=training.Help,
+    )
+    p.add_argument("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
+    p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
     p.add_argument("--teacher_steps", type=int, nargs="*", help="of DDIM; empty for no teacher")
-    p.add_argument("--pretrained_teacher_model", help="default: the one that the student was distilled from")
-    p.add_argument("--data", help="default: the data that the student was distilled with")
+    p.add_argument("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
+    p.add_argument("--data", help="the reference set; default: what the first student was distilled with")
     p.add_argument("--split", default="train", help="of the data, the reference set")
+    p.add_argument("--protocol", choices=PROTOCOLS, help="a published one, printed below")
     p.add_argument("--features", default="inception", help='"inception", or a network exported by torch.export (.pt2)')
-    p.add_argument("--num_samples", type=int)
+    p.add_argument("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
+    p.add_argument("--resolution", type=int, help="to which all images are brought; default: the model's own")
+    p.add_argument("--num_samples", type=int, help="a row")
+    p.add_argument("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
     p.add_argument("--seed", type=int, default=0, help="of the first sample")
     p.add_argument("--guidance_w", type=float, help="of the teacher; default: the one it was distilled with")
     p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
-    p.add_argument("--batch_size", type=int, default=1024)
+    p.add_argument("--batch_size", type=int, help="default: by kind of model")
     p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
+    first, _ = p.parse_known_args()
+    p.set_defaults(**PROTOCOLS.get(first.protocol, {}))
     args = p.parse_args()
-    folder = Path(args.student)
+    if args.protocol and not args.prompts:
+        raise BadInput(f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
+    folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = json.loads(record.read_text())["configuration"] if record.is_file() else {}
     for name in ("pretrained_teacher_model", "data", "guidance_w"):
@@ -216,28 +78,198 @@ def evaluate() -> None:
                 raise BadInput(f"{record} does not say with which --{name} the student was distilled; please give it")
             setattr(args, name, trained_with[name])
     device = training.process().device
-    student, teacher = load(args.student).to(device), load(args.pretrained_teacher_model).to(device)
+    students, teacher = {name: load(name).to(device) for name in args.students}, load(args.pretrained_teacher_model)
     comparison = compare(
-        student,
-        teacher,
+        students if len(students) > 1 else {"student": students[args.students[0]]},
+        teacher.to(device),
         args.data,
         steps=args.steps,
         teacher_steps=teacher.evaluation["teacher_steps"] if args.teacher_steps is None else args.teacher_steps,
         num_samples=args.num_samples or teacher.evaluation["num_samples"],
         features=args.features,
+        clip_model=args.clip_model,
+        resolution=args.resolution,
         split=args.split,
         seed=args.seed,
         w=args.guidance_w,
         prompts=read_prompts(args.prompts),
         batch_size=args.batch_size,
         mixed_precision=args.mixed_precision,
+        samples_dir=args.samples_dir,
     )
     print_table(comparison)
-    writable_folder(args.student)
+    writable_folder(folder)
     teacher.overview(comparison.samples, trained_with.get("k", 100)).save(folder / "evaluation.png")
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2))
     print(f"{folder}/evaluation.png  {folder}/evaluation.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The approximated error, Fig. 2(c)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def approximated_errors(
+    model: Teacher, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], interval: int, w: float
+) -> Tensor:
+    """The mean square of f(x_t, t) - f(x_t', t'), t' = t - interval, at each time t: what is left of Eq. 6.
+
+    Neighbours on a trajectory are simulated as for the paper's figure: the same noise on the same x_0.
+    """
+
+    def denoised(time: int) -> Tensor:
+        t = torch.full((len(x0),), time, device=x0.device)
+        alpha, sigma = model.schedule.at(t, x0.ndim)
+        return model.predict(alpha * x0 + sigma * noise, t, cond, w)[0]
+
+    return torch.stack([(denoised(t) - denoised(t - interval)).square().mean() for t in times]).cpu()
+
+
+def error() -> None:
+    p = argparse.ArgumentParser(
+        prog="evaluate.py error",
+        description="By time step, how far predictions of x_0 at neighbouring times are apart: Fig. 2(c).",
+        formatter_class=training.Help,
+    )
+    p.add_argument("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
+    training.add_data_arguments(p)
+    p.add_argument("--num_samples", type=int, default=1000, help="paper: 1000")
+    p.add_argument("--interval", type=int, default=20, help="between neighbours, in time steps; paper: 20")
+    p.add_argument("--guidance_w", type=float, default=0.0, help="of the teachers among the models")
+    p.add_argument("--seed", type=int, default=0, help="of data and noise")
+    p.add_argument("--batch_size", type=int, default=100)
+    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
+    p.add_argument("--out", default="error.png", help="the plot; the numbers are written beside it as .json")
+    args = p.parse_args()
+    training.check_positive(args, "num_samples", "interval", "batch_size")
+    out, device = Path(args.out), training.process().device
+    writable_folder(out.parent)
+    models = [load(name).to(device) for name in args.models]
+    args.data = args.data or models[0].default_data
+    if args.data is None:
+        raise BadInput("--data is missing: a folder of images, or images with captions")
+    times = list(range(len(models[0].schedule) - 1, max(99, args.interval), -args.interval))  # below 100: as the paper
+    count, curves = -(-args.num_samples // args.batch_size), {model.name: 0 for model in models}
+    batches = training.stream_batches(models[0].dataset(args), 0, batch_size=args.batch_size, seed=args.seed)
+    for i, (data, label) in enumerate(tqdm(itertools.islice(batches, count), total=count, unit="batch", leave=False)):
+        x0, _ = models[0].prepare(data.to(device), label.to(device))
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
+        for model in models:
+            w = 0.0 if model.is_student else args.guidance_w
+            with training.autocast(device, args.mixed_precision):
+                cond = model.condition(label.to(device))
+                squares = approximated_errors(model, x0, cond, noise, times, args.interval, w)
+            curves[model.name] += squares / count
+    curves = {name: squares.sqrt().tolist() for name, squares in curves.items()}
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, values in curves.items():
+        axis.plot(times, values, label=name)
+    axis.set(xlabel="t", ylabel=f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})", yscale="log")
+    axis.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+    out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
+    width = max(map(len, curves))
+    for name, values in {"t": times, **curves}.items():
+        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: len(times) // 8]))
+    print(f"{count * args.batch_size} samples of {args.data}; {machine()}; {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory of training
+# ---------------------------------------------------------------------------------------------------------------------
+
+WARM_UP = 3  # steps
+
+
+def now() -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Counts the seconds that methods take, by the part of a training step that they belong to."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def watch(self, owner: object, method: str, part: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            begin = now()
+            result = original(*args, **kwargs)
+            self.seconds[part] += now() - begin
+            return result
+
+        setattr(owner, method, timed)
+
+
+def peak_memory() -> float:
+    """GiB: of an accelerator if there is one, else of the process."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**30
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+
+
+def throughput() -> None:
+    p = parser()
+    p.prog, p.usage = "evaluate.py throughput", "evaluate.py throughput [flags]"
+    p.description = "Measure a training step of distill.py, with the same flags: speed, memory, and where time goes."
+    p.add_argument("--timed_steps", type=int, default=10)
+    p.set_defaults(output_dir="runs/throughput")
+    args, teacher = configure(p)
+    training.check_positive(args, "timed_steps")
+    args.max_train_steps = WARM_UP + 2 * args.timed_steps
+    distillation = Distillation(args, teacher)
+    run, watch, seconds = distillation.run, Stopwatch(), []
+    for step, batches in run:
+        if step == WARM_UP + args.timed_steps + 1:  # separately, since every look at a GPU's clock makes it wait
+            for owner, method, part in (
+                (teacher, "prepare", "VAE and text"),
+                (teacher, "predict", "teacher"),
+                (distillation.target, "forward", "target"),
+                (run.model, "forward", "student"),
+                (run.accelerator, "backward", "student"),
+                (run.accelerator, "clip_grad_norm_", "optimizer"),
+                (run.optimizer, "step", "optimizer"),
+            ):
+                watch.watch(owner, method, part)
+        begin = now()
+        distillation.step(step, batches)
+        seconds.append(now() - begin)
+    whole, split = (statistics.mean(seconds[-n * args.timed_steps :][: args.timed_steps]) for n in (2, 1))
+    parts = {part: total / args.timed_steps for part, total in watch.seconds.items()}
+    parts["data, EMA and others"] = split - sum(parts.values())
+    teacher_calls = args.k // args.solver_step * (2 if args.guidance_w else 1)
+    passes = teacher_calls + 1 + 3 + args.gradient_checkpointing  # the target's one; forward and backward make three
+    forward = network_seconds(teacher, args.train_batch_size, args.mixed_precision)
+    model = passes * forward * args.gradient_accumulation_steps
+    result = {
+        "images/s": run.total_batch_size / whole,
+        "seconds a step": whole,
+        "standard deviation": statistics.stdev(seconds[WARM_UP : WARM_UP + args.timed_steps]),
+        "parts": parts,
+        "peak memory, GiB": peak_memory(),
+        "forward passes": passes,
+        "seconds a forward pass": forward,
+        "ratio to the cost model": whole / model,
+        "machine": machine(),
+        "flags": vars(args),
+    }
+    if not run.accelerator.is_main_process:
+        return
+    (run.folder / "throughput.json").write_text(json.dumps(result, indent=2))
+    print(f"{result['images/s']:.4g} images/s, {whole:.4g} ± {result['standard deviation']:.2g} s a step", end="")
+    print(f" of {run.total_batch_size}; peak memory {result['peak memory, GiB']:.3g} GiB; {machine()}")
+    for part, value in parts.items():
+        print(f"{part:22} {value:8.4f} s  {100 * value / split:3.0f} %")
+    print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,18 +355,21 @@ def features() -> None:
         classifier.cpu(), (images.samples[:2],), dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}}
     )
     draft = out.with_name(out.name + ".tmp.pt2")
-    torch.export.save(exported, draft)
+    torch.export.save(exported, draft, extra_files={"classes": json.dumps(images.classes)})
     draft.replace(out)
     print(f"test accuracy {100 * result:.2f} % on {len(test.labels)} images; {out}")
 
 
+PROGRAMS = {"error": error, "throughput": throughput, "features": features}
+
+
 @program
 def main() -> None:
-    if sys.argv[1:2] == ["features"]:
+    if named := PROGRAMS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
         del sys.argv[1]
-        features()
+        named()
     else:
-        evaluate()
+        table()
 
 
 if __name__ == "__main__":

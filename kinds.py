@@ -8,6 +8,7 @@ import argparse
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from peft import LoraConfig
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 from transformers.utils import logging as transformers_logging
 
 import training
-from data import BadInput, load_images
+from data import BadInput, ImageFiles, centre_square, image_files, load_images
+from metrics import ClipScore, ImageFeatures, Measure, PointDistances
 from pairs import CachedLatents, PairOptions, cache_pairs, load_pairs
 from splam import Schedule, guided, sub_path_point, to_x0_eps
 from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
@@ -49,8 +52,8 @@ class Teacher(ABC):
     default_data: str | None = None
     recipe: dict = {}  # defaults of distill.py's flags for this kind
     training_recipe: dict = {}  # the same for teacher.py's
-    evaluation: dict = {}  # DDIM steps of the table and samples a row
-    pictured = 64  # samples in a picture during training
+    evaluation: dict = {}  # defaults of evaluate.py's flags
+    pictured, columns = 64, 8  # samples in a picture during training, and in a row
 
     def __init__(self, pipeline: DiffusionPipeline, name: str):
         self.pipeline, self.name = pipeline, name
@@ -71,16 +74,28 @@ class Teacher(ABC):
         """Training data whose batches are (data, label) pairs for `prepare`."""
 
     @abstractmethod
-    def reference(self, data: str, split: str = "train") -> Tensor:
-        """All of the data, to be measured against: points, or uint8 images (n, 3, H, W)."""
+    def reference(self, data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
+        """All of the data, to be measured against: points, or uint8 images of the resolution asked for."""
 
     @abstractmethod
-    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+    def measures(self, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list[Measure]:
+        """What samples of this kind are measured by."""
+
+    @abstractmethod
+    def measured(self, samples: Tensor, resolution: int | None) -> Tensor:
+        """Samples as the measures take them."""
+
+    @abstractmethod
+    def picture(self, samples: Tensor, columns: int | None = None) -> Image.Image:
         """One picture of a batch of samples."""
 
     @abstractmethod
-    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+    def overview(self, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
         """One picture of several batches side by side, under their names; k is the length of the sub-paths."""
+
+    def read(self, file: Path) -> Tensor:
+        """A sample of which `picture` was saved."""
+        raise BadInput("points are not kept in files")
 
     @staticmethod
     @abstractmethod
@@ -100,6 +115,10 @@ class Teacher(ABC):
         if not all(prompt.isdigit() and int(prompt) < (self.null_label or 0) for prompt in prompts):
             raise BadInput(f"prompts are class labels here, and this model has {self.null_label or 'no'} classes")
         return torch.tensor([int(prompt) for prompt in prompts])
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as sentences, where they are ones."""
+        return []
 
     def condition(self, label: Tensor) -> dict[str, Tensor]:
         return {} if self.null_label is None else {"class_labels": label}
@@ -188,7 +207,7 @@ class ImageTeacher(Teacher):
         "mixed_precision": "bf16",
         "beta_schedule": "linear",
     }
-    evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000}
+    evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000, "batch_size": 1024}
 
     def __init__(self, pipeline: DDPMPipeline, name: str):
         super().__init__(pipeline, name)
@@ -204,15 +223,27 @@ class ImageTeacher(Teacher):
             raise BadInput(f"{args.data} has {len(images.classes)} classes, and {self.name} knows {self.null_label}")
         return images
 
-    def reference(self, data: str, split: str = "train") -> Tensor:
+    def reference(self, data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
         return load_images(data, split, resolution=self.shape[1]).samples
 
-    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
-        return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
+    def measures(self, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list[Measure]:
+        if clip_model:
+            raise BadInput("--clip_model is for models that are prompted by texts")
+        return [ImageFeatures(features, reference, self.network.device)]
 
-    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
-        """A row of eight images for each panel, enlarged, with the panel's name above it."""
-        rows = [(name, self.picture(samples[:8])) for name, samples in panels.items()]
+    def measured(self, samples: Tensor, resolution: int | None) -> Tensor:
+        return torch.from_numpy(to_pixels(samples)).permute(0, 3, 1, 2)
+
+    def picture(self, samples: Tensor, columns: int | None = None) -> Image.Image:
+        return Image.fromarray(to_pixels(make_grid(samples, columns or self.columns, padding=1, pad_value=1)[None])[0])
+
+    def read(self, file: Path) -> Tensor:
+        with Image.open(file) as image:
+            return to_tensor(image) * 2 - 1
+
+    def overview(self, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
+        """A row of images for each panel, enlarged, with the panel's name above it."""
+        rows = [(name, self.picture(samples[: self.columns])) for name, samples in panels.items()]
         scale = max(1, 800 // rows[0][1].width)
         width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
         image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
@@ -263,8 +294,8 @@ class StableDiffusion(ImageTeacher):
         "num_eval_samples": 0,
     }
     training_recipe = {**ImageTeacher.training_recipe, "beta_schedule": "scaled_linear"}
-    evaluation = {"teacher_steps": [4, 50], "num_samples": 5000}
-    pictured = 8
+    evaluation = {"teacher_steps": [4, 50], "num_samples": 5000, "batch_size": 16}
+    pictured, columns = 10, 10
     default_prompts = [
         f"a photo of a{'n' * (thing[0] in 'ae')} {thing}"
         for thing in "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -316,11 +347,23 @@ class StableDiffusion(ImageTeacher):
         state.wait_for_everyone()
         return CachedLatents(args.cache_latents)
 
-    def reference(self, data: str, split: str = "train") -> Tensor:
-        return load_images(data, split, resolution=self.shape[1] * self.pipeline.vae_scale_factor).samples
+    def reference(self, data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
+        resolution = resolution or self.shape[1] * self.pipeline.vae_scale_factor
+        files = image_files(data, split)
+        return ImageFiles(files, resolution) if files else load_images(data, split, resolution).samples
+
+    def measures(self, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list[Measure]:
+        measures = super().measures(reference, features, None)
+        return measures + ([ClipScore(clip_model, self.network.device)] if clip_model else [])
+
+    def measured(self, samples: Tensor, resolution: int | None) -> Tensor:
+        return torch.stack([centre_square(Image.fromarray(x), resolution or len(x)) for x in to_pixels(samples)])
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        return list(prompts) or self.default_prompts
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
-        return self.tokenize(prompts or self.default_prompts)
+        return self.tokenize(self.texts(prompts))
 
     @torch.no_grad()
     def condition(self, label: Tensor) -> dict[str, Tensor]:
@@ -384,7 +427,7 @@ class Points(Dataset):
 class PointTeacher(Teacher):
     """An MLP on 2-D points: `DDPMPipeline` of `PointMLP`."""
 
-    shape = (2,)
+    shape, pictured = (2,), 4096
     recipe = {
         "max_train_steps": 2000,
         "train_batch_size": 512,
@@ -398,7 +441,7 @@ class PointTeacher(Teacher):
         "learning_rate": 2e-3,
         "beta_schedule": "scaled_linear",
     }
-    evaluation = {"teacher_steps": [1, 2, 4, 1000], "num_samples": 4096}
+    evaluation = {"teacher_steps": [1, 2, 4, 1000], "num_samples": 4096, "batch_size": 1024}
 
     def __init__(self, pipeline: DDPMPipeline, name: str):
         super().__init__(pipeline, name)
@@ -410,14 +453,20 @@ class PointTeacher(Teacher):
             raise BadInput("--resolution is for images")
         return Points(args.data, "train")
 
-    def reference(self, data: str, split: str = "train") -> Tensor:
+    def reference(self, data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
         return Points(data, split).samples
 
-    def picture(self, samples: Tensor, columns: int = 8) -> Image.Image:
+    def measures(self, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list[Measure]:
+        return [PointDistances(reference)]
+
+    def measured(self, samples: Tensor, resolution: int | None) -> Tensor:
+        return samples
+
+    def picture(self, samples: Tensor, columns: int | None = None) -> Image.Image:
         return plots.scatter(samples)
 
     @torch.no_grad()
-    def overview(self, panels: dict[str, Tensor], k: int) -> Image.Image:
+    def overview(self, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
         """The panels, and four PF-ODE trajectories with the lines of their sub-paths, from x_t to r x_s (Eq. 12)."""
 
         def times(time: int) -> Tensor:

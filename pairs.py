@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import webdataset
 from PIL import Image
@@ -28,7 +27,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
-from data import EXTENSIONS, BadInput, writable_folder
+from data import EXTENSIONS, BadInput, centre_square, writable_folder
 
 log = logging.getLogger("pairs")
 
@@ -49,18 +48,6 @@ class Unusable(Exception):
     """A pair that is whole but is not used; the text says why, in the words of the final count."""
 
 
-def centre_square(image: Image.Image, resolution: int) -> Tensor:
-    """The smaller side resized to `resolution`, the middle of the larger one. Only the square itself is computed.
-
-    Never mirrored: captions may say left and right.
-    """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, top, left + side, top + side)
-    pixels = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS, square)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
     """Pixels and caption of a sample as webdataset has it: {"jpg": bytes, "txt": bytes, "json": bytes}, say."""
     facts = json.loads(sample.get("json", "{}"))
@@ -74,7 +61,8 @@ def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
         small = min(original if all(original) else image.size) < options.min_image_size
         if small or (facts.get("pwatermark") or 0) > options.max_pwatermark:
             raise Unusable("filtered")
-        return centre_square(image, options.resolution), caption.strip()
+        # Never mirrored: captions may say left and right.
+        return centre_square(image, options.resolution).float() / 127.5 - 1, caption.strip()
 
 
 class Pairs:

@@ -1,6 +1,7 @@
 """Few-step sampling of a student, and many-step sampling of its teacher from the same noise."""
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,19 +56,19 @@ def states(
 
 
 @torch.no_grad()
-def sample(
+def sample_batches(
     model: Teacher,
-    seeds: range,
+    seeds: Sequence[int],
     steps: int,
     scheduler: str | None = None,
     *,
     w: float = 0.0,
     prompts: Sequence[str] = (),
-    batch_size: int = 1024,
+    batch_size: int | None = None,
     mixed_precision: str = "no",
-) -> Tensor:
-    """One sample for each seed, (len(seeds), ...) on the CPU. The seed s takes prompt s, modulo their number."""
-    scheduler = scheduler or ("lcm" if model.is_student else "ddim")
+) -> Iterator[Tensor]:
+    """One sample for each seed, batch by batch on the CPU. The seed s takes prompt s, modulo their number."""
+    scheduler, batch_size = scheduler or default_scheduler(model), batch_size or model.evaluation["batch_size"]
     limit = model.original_inference_steps if scheduler == "lcm" else len(model.schedule)
     if not 1 <= steps <= limit:
         raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
@@ -75,50 +76,98 @@ def sample(
         raise BadInput("guidance is for the teacher: what a student was distilled with is in its weights")
     labels, device = model.labels(prompts), model.network.device
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    finished = []
     for batch in tqdm(batches, desc=f"{scheduler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
         label = labels[torch.tensor(batch) % len(labels)].to(device)
         with training.autocast(device, mixed_precision):
             noise, cond = SeededNoise(model.shape, batch, device), model.condition(label)
             *_, last = states(model, noise, steps, scheduler, cond, w)
-        finished.append(model.decode(last).cpu())
-    return torch.cat(finished)
+        yield model.decode(last).cpu()
+
+
+def default_scheduler(model: Teacher) -> str:
+    return "lcm" if model.is_student else "ddim"
+
+
+def sample(model: Teacher, seeds: Sequence[int], steps: int, scheduler: str | None = None, **options) -> Tensor:
+    """`sample_batches` as one tensor, (len(seeds), ...)."""
+    return torch.cat(list(sample_batches(model, seeds, steps, scheduler, **options)))
+
+
+def png(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def sample_to_folder(
+    model: Teacher, seeds: Sequence[int], folder: Path, steps: int, scheduler: str | None = None, **options
+) -> None:
+    """Sample s becomes `folder`/s.png. What an interrupted call left is kept; several processes share the work."""
+    state, record = training.process(), writable_folder(folder) / "samples.json"
+    weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
+    made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": scheduler, **options}
+    made.pop("batch_size", None)  # a sample does not depend on it
+    text = json.dumps(made, indent=2)
+    if record.is_file() and record.read_text() != text:
+        raise BadInput(f"{folder} holds samples of another model, or made with other flags: see {record}")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        record.write_text(text)
+    missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
+    done = iter(missing)
+    for batch in sample_batches(model, missing, steps, scheduler, **options):
+        for one, seed in zip(batch, done, strict=False):
+            draft = png(folder, seed).with_suffix(".tmp")
+            model.picture(one[None], columns=1).save(draft, "PNG")
+            draft.replace(png(folder, seed))
+    state.wait_for_everyone()
 
 
 @program
 def main() -> None:
-    p = argparse.ArgumentParser(prog="sample.py", description="Sample from a student or a teacher.")
-    p.add_argument("model", help="pipeline folder or hub id")
-    p.add_argument("--steps", type=int, default=4, help="network evaluations per sample (paper: 1 to 4)")
+    p = argparse.ArgumentParser(
+        prog="sample.py",
+        description="Sample from students and teachers, all from the same noise.",
+        formatter_class=training.Help,
+    )
+    p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
+    p.add_argument("--steps", type=int, nargs="+", help="of students: network evaluations (default 4; paper: 1 to 4)")
+    p.add_argument("--teacher_steps", type=int, nargs="+", help="of teachers (default 50)")
     p.add_argument("--scheduler", choices=SCHEDULERS, help="default: lcm for a student, ddim for a teacher")
-    p.add_argument("--num_images", type=int, default=64)
+    p.add_argument("--num_images", type=int, help="default: 64, or in a picture of several rows one row's")
     p.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has the seed plus i")
     p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
-    p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for a teacher")
-    p.add_argument("--batch_size", type=int, default=1024)
+    p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for teachers")
+    p.add_argument("--batch_size", type=int, help="default: by kind of model")
     p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     args = p.parse_args()
-    if args.num_images < 1 or args.batch_size < 1:
+    if not all(n is None or n > 0 for n in (args.num_images, args.batch_size)):
         raise BadInput("--num_images and --batch_size must be positive")
-    out = Path(args.out)
-    folder = writable_folder(out.parent if out.suffix == ".png" else out)
-    model = load(args.model).to(training.process().device)
-    samples = sample(
-        model,
-        range(args.seed, args.seed + args.num_images),
-        args.steps,
-        args.scheduler,
-        w=args.guidance_w,
-        prompts=read_prompts(args.prompts),
-        batch_size=args.batch_size,
-        mixed_precision=args.mixed_precision,
-    )
-    if out.suffix == ".png":
-        model.picture(samples, columns=round(args.num_images**0.5)).save(out)
-    else:
-        for i, one in enumerate(samples):
-            model.picture(one[None], columns=0).save(folder / f"{args.seed + i:06d}.png")
+    out, plan, steps = Path(args.out), [], {"lcm": args.steps or [4]}
+    writable_folder(out.parent if out.suffix == ".png" else out)
+    for name in args.models:
+        model = load(name).to(training.process().device)
+        scheduler = args.scheduler or default_scheduler(model)
+        plan += [(model, scheduler, n) for n in steps.get(scheduler, args.teacher_steps or [50])]
+    schedulers = {scheduler for _, scheduler, _ in plan}
+    if schedulers == {"lcm"} and (args.guidance_w or args.teacher_steps):
+        raise BadInput("--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
+    if "lcm" not in schedulers and args.steps:
+        raise BadInput("--steps is for students; a teacher takes --teacher_steps")
+    seeds = range(args.seed, args.seed + (args.num_images or (64 if len(plan) == 1 else plan[0][0].columns)))
+    prompts, rows = read_prompts(args.prompts), {}
+    for model, scheduler, n in plan:
+        w = 0.0 if scheduler == "lcm" else args.guidance_w
+        options = {"w": w, "prompts": prompts, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
+        if out.suffix == ".png":
+            name = f"{model.name}, {scheduler}, {n} step{'s' * (n > 1)}" + f", w = {w:g}" * bool(w)
+            rows[name] = sample(model, seeds, n, scheduler, **options)
+        else:
+            folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{scheduler}-{n}"
+            sample_to_folder(model, seeds, folder, n, scheduler, **options)
+    if len(rows) == 1:
+        model.picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
+    elif rows:
+        model.overview(rows).save(out)
     print(out)
 
 

@@ -122,6 +122,20 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
+def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> Iterator[list[torch.Tensor]]:
+    """Batches without end, from a `position` that `EndlessBatches` and `Shards.batches` know."""
+    streamed = isinstance(dataset, Shards)  # shards, which have an order of their own
+    return iter(
+        DataLoader(
+            dataset.batches(**position) if streamed else dataset,
+            sampler=None if streamed else EndlessBatches(len(dataset), **position),
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
 class Run:
     """One training run. `averages` are modules that change outside the optimizer; checkpoints hold them by their names.
 
@@ -193,22 +207,15 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[int, Iterator]]:
         args, accelerator = self.args, self.accelerator
-        position = {
-            "batch_size": args.train_batch_size,
-            "seed": args.seed,
-            "start": self.step * args.gradient_accumulation_steps,
-            "rank": accelerator.process_index,
-            "world": accelerator.num_processes,
-        }
-        streamed = isinstance(self.dataset, Shards)  # shards, which have an order of their own
-        loader = DataLoader(
-            self.dataset.batches(**position) if streamed else self.dataset,
-            sampler=None if streamed else EndlessBatches(len(self.dataset), **position),
-            batch_size=None,  # the sampler's items are whole batches already
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+        stream = stream_batches(
+            self.dataset,
+            args.dataloader_num_workers,
+            batch_size=args.train_batch_size,
+            seed=args.seed,
+            start=self.step * args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
         )
-        stream = iter(loader)
         self.bar = tqdm(
             total=args.max_train_steps,
             initial=self.step,

@@ -1,122 +1,79 @@
-"""Distances against brute force and closed forms; feature extractors from a file that cannot run code."""
+"""The programs of evaluate.py: the error of Fig. 2(c) and the cost model against what really happens; refusals."""
 
-import io
-import itertools
-import zipfile
-from pathlib import Path
+import json
 
-import numpy as np
 import pytest
 import torch
-from conftest import one_line, save, unet
-from scipy.linalg import sqrtm
+from conftest import CLASSES, one_line, save, unet
+from diffusers import DDIMScheduler
 
 import evaluate
-import sample
-from data import BadInput, load_images
-from evaluate import FrechetDistance, compare, mmd, spread, wasserstein2
+from evaluate import approximated_errors
+from metrics import ImageFeatures
 from teacher import load
-from toy import PointMLP
 
 
-def seeded(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_approximated_error_is_between_diffusers_predictions_at_neighbours(tmp_path, prediction_type):
+    model = load(str(save(tmp_path / "model", unet(), prediction_type)))
+    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x0, noise = torch.randn(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    predictions = {}
+    with torch.no_grad():
+        for t in (99, 119, 379, 399):
+            x = scheduler.add_noise(x0, noise, torch.tensor([t]))
+            predictions[t] = scheduler.step(model.network(x, t).sample, t, x).pred_original_sample
+    wanted = [(predictions[t] - predictions[t - 20]).square().mean() for t in (399, 119)]
+    got = approximated_errors(model, x0, {}, noise, [399, 119], 20, 0.0)
+    assert got == pytest.approx(torch.stack(wanted), rel=1e-3)
 
 
-def test_w2_is_the_best_of_all_pairings():
-    a, b = seeded(6, 2), seeded(6, 2, seed=1)
-    pairings = (sum((a[i] - b[p[i]]).square().sum() for i in range(6)) / 6 for p in itertools.permutations(range(6)))
-    assert wasserstein2(a, b) == pytest.approx(min(pairings).sqrt().item(), rel=1e-5)
+def test_the_error_program_draws_a_curve_for_each_model(tmp_path, images, call):
+    teacher, other = (save(tmp_path / name, unet(size=32)) for name in ("teacher", "other"))
+    network = unet(size=32)
+    torch.nn.init.normal_(network.conv_out.weight, std=0.5)
+    save(other, network)
+    flags = ["--data", images, "--num_samples", 6, "--batch_size", 3, "--interval", 100, "--out", tmp_path / "e.png"]
+    status, out, err = call(evaluate.main, "error", teacher, other, *flags)
+    assert status == 0 and str(teacher) in out, err
+    curves = json.loads((tmp_path / "e.json").read_text())
+    assert curves["t"] == [999, 899, 799, 699, 599, 499, 399, 299, 199] and (tmp_path / "e.png").stat().st_size > 5000
+    assert len(curves[str(teacher)]) == 9 and curves[str(teacher)] != curves[str(other)]
+    status, _, err = call(evaluate.main, "error", teacher)
+    assert status == 2 and "--data" in one_line(err)
 
 
-def test_w2_of_a_shift_is_its_length_in_data_units():
-    a = seeded(200, 2)
-    assert wasserstein2(a, (a + torch.tensor([3.0, 4.0]))[torch.randperm(200)]) == pytest.approx(5, rel=1e-5)
+@pytest.mark.parametrize("flags, w", [(["--k", 40], 0), (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2)])
+def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w):
+    teacher = save(tmp_path / "teacher", unet(classes=3, size=32))
+    rows, batch, timed = [], 4, 2
+
+    def count(module, inputs, output):
+        if type(module).__name__ == "UNet2DModel":
+            rows.append(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    more = ["--data", images, "--train_batch_size", batch, "--timed_steps", timed, "--output_dir", tmp_path / "out"]
+    status, out, err = call(evaluate.main, "throughput", "--pretrained_teacher_model", teacher, *more, *flags)
+    hook.remove()
+    assert status == 0, err
+    result = json.loads((tmp_path / "out/throughput.json").read_text())
+    in_training = sum(rows[:-4]) / batch / (evaluate.WARM_UP + 2 * timed)  # the last four time a bare pass
+    assert result["forward passes"] == in_training + 2  # a backward pass costs two forward ones
+    assert in_training == flags[1] // 20 * (2 if w else 1) + 2
+    assert result["images/s"] == pytest.approx(batch / result["seconds a step"])
+    assert {"teacher", "target", "student", "optimizer", "VAE and text"} < set(result["parts"])
+    assert min(result["parts"].values()) > 0 and "images/s" in out and "ratio" in out
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_mmd_is_the_unbiased_estimate_of_its_definition():
-    a, b = seeded(40, 2), seeded(40, 2, seed=1) + 1
-    total = 0.0
-    for h in (0.1, 0.3, 1.0):
-        k = lambda x, y, h=h: np.exp(-np.sum((x - y) ** 2) / (2 * h * h))  # noqa: E731
-        points = [p.double().numpy() for p in a], [p.double().numpy() for p in b]
-        inside = sum(k(x, y) for p in points for i, x in enumerate(p) for j, y in enumerate(p) if i != j) / (40 * 39)
-        total += (inside - 2 * np.mean([k(x, y) for x in points[0] for y in points[1]])) / 3
-    assert mmd(a, b) == pytest.approx(np.sqrt(total), rel=1e-6)
-    assert mmd(seeded(500, 2), seeded(500, 2, seed=1)) < 0.05 < 0.2 < mmd(a, b)
-
-
-class Means(torch.nn.Module):
-    """A feature extractor whose Fréchet distance is known: the mean of each channel."""
-
-    def forward(self, pixels):
-        means = pixels.float().mean((2, 3))
-        return means, means
-
-
-@pytest.fixture
-def means(tmp_path) -> Path:
-    example = (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),)
-    dynamic = {"pixels": {0: torch.export.Dim("batch")}}
-    torch.export.save(torch.export.export(Means(), example, dynamic_shapes=dynamic), tmp_path / "means.pt2")
-    return tmp_path / "means.pt2"
-
-
-def test_fid_is_the_frechet_distance_of_the_features(means):
-    """Against the closed form |μ_a - μ_b|² + tr(A + B - 2 sqrt(AB)) by scipy."""
-    a, b = (seeded(300, 3, 8, 8, seed=s).mul(30).add(120).byte() for s in (0, 1))
-    b = b // 2 + 10
-    fa, fb = (x.double().mean((2, 3)).numpy() for x in (a, b))
-    cov_a, cov_b = np.cov(fa, rowvar=False), np.cov(fb, rowvar=False)
-    wanted = np.sum((fa.mean(0) - fb.mean(0)) ** 2) + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
-    distance = FrechetDistance(str(means), b, torch.device("cpu"))
-    assert distance(a)["FD"] == pytest.approx(wanted, rel=1e-3)
-    assert distance(b)["FD"] == pytest.approx(0, abs=1e-3)
-    assert distance(b.float() / 127.5 - 1)["FD"] == pytest.approx(0, abs=1e-3)  # x_0 in [-1, 1] is the same images
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_feature_file_cannot_run_code(means, tmp_path):
-    payload = io.BytesIO()
-    torch.save(Evil(tmp_path / "owned"), payload)
-    with zipfile.ZipFile(means) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    pickled = [name for name, content in members.items() if content[:2] == b"PK" or name.endswith(".pt")]
-    assert pickled  # torch.export does keep torch.save files inside, which is why this test exists
-    with zipfile.ZipFile(tmp_path / "evil.pt2", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, payload.getvalue() if name in pickled else content)
-    with pytest.raises(BadInput, match="evil.pt2"):
-        FrechetDistance(str(tmp_path / "evil.pt2"), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
-    assert not (tmp_path / "owned").exists()
-
-
-def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path):
-    torch.manual_seed(0)
-    teacher = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False)))
-    student = teacher.student(teacher.network.state_dict(), 50)
-    rows, samples, _ = compare(student, teacher, "toy:moons", steps=[1, 2], teacher_steps=[1, 8], num_samples=64)
-    names = [(row["sampler"], row["steps"]) for row in rows[1:]]
-    assert names == [("teacher, DDIM", 8), ("teacher, DDIM", 1), ("student", 1), ("student", 2)]
-    endpoint, one = (sample.sample(teacher, range(64), n, "ddim") for n in (8, 1))
-    assert rows[2]["map error"] == pytest.approx((one - endpoint).square().sum(1).sqrt().mean().item(), rel=1e-4)
-    assert "map error" not in rows[1] and "map error" not in rows[4]  # the endpoint itself; a sampler with fresh noise
-    # An untrained student is the teacher, and its one step is DDIM's one step.
-    assert rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-3)
-    assert rows[0]["W2"] < min(row["W2"] for row in rows[1:]) and len(samples) == 5
-
-
-def test_held_out_data_come_from_all_classes(images):
-    data = load_images(images, "test")
-    chosen = data.labels[spread(len(data.labels), 6)]
-    assert set(chosen.tolist()) == {0, 1, 2} and spread(3, 10).tolist() == [0, 1, 2]
+def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, call):
+    flags = ["--data", images, "--out", tmp_path / "f.pt2", "--output_dir", tmp_path / "run"]
+    status, out, err = call(evaluate.main, "features", *flags, "--max_train_steps", 1, "--train_batch_size", 8)
+    assert status == 0 and "test accuracy" in out, err
+    measure = ImageFeatures(str(tmp_path / "f.pt2"), torch.zeros(2, 3, 32, 32).byte(), torch.device("cpu"))
+    assert measure.classes == CLASSES
 
 
 def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
@@ -131,3 +88,7 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     assert status == 2 and "junk.pt2" in one_line(err)
     status, _, err = call(evaluate.main, "features", "--data", tmp_path, "--out", tmp_path / "f.pt2")
     assert status == 2 and "no images" in one_line(err)
+    status, _, err = call(evaluate.main, t, *flags, "--protocol", "coco2014-30k")
+    assert status == 2 and "--prompts" in one_line(err)
+    status, _, err = call(evaluate.main, t, *flags, "--clip_model", "ViT-B-32/openai")
+    assert status == 2 and "--clip_model" in one_line(err)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as F
 
-from data import BadInput, read_prompts
-from pairs import CachedLatents, CaptionFolder, PairOptions, Shards, cache_pairs, centre_square, load_pairs
+from data import BadInput, centre_square, read_prompts
+from pairs import CachedLatents, CaptionFolder, PairOptions, Shards, cache_pairs, load_pairs
 
 SMALL = PairOptions(resolution=8)
 
@@ -66,23 +66,23 @@ def take(stream, n: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (16, 16), (40, 8), (6, 4)])
-def test_the_smaller_side_is_resized_and_the_centre_kept(size):
+def test_the_centre_is_kept_and_resized(size):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    resized = F.resize(image, 8, F.InterpolationMode.LANCZOS)
-    wanted = F.pil_to_tensor(F.center_crop(resized, [8, 8]))
+    cropped = F.center_crop(image, [min(size)] * 2)
+    wanted = F.pil_to_tensor(F.resize(cropped, [8, 8], F.InterpolationMode.LANCZOS))
     got = centre_square(image, 8)
-    assert got.dtype == torch.float32 and got.shape == (3, 8, 8)
-    torch.testing.assert_close((got + 1) * 127.5, wanted.float(), atol=1.01, rtol=0)  # two ways to round
+    assert got.dtype == torch.uint8 and got.shape == (3, 8, 8)
+    assert (got == wanted).all()
 
 
-def test_black_is_minus_one_white_is_one_and_alpha_and_grey_become_rgb():
-    assert (centre_square(Image.new("L", (9, 5), 0), 4) == -1).all()
-    assert (centre_square(Image.new("RGBA", (9, 5), (255, 255, 255, 255)), 4) == 1).all()
+def test_alpha_grey_and_palettes_become_rgb():
+    assert (centre_square(Image.new("L", (9, 5), 0), 4) == 0).all()
+    assert (centre_square(Image.new("RGBA", (9, 5), (255, 255, 255, 255)), 4) == 255).all()
     assert centre_square(Image.new("P", (9, 5)), 4).shape == (3, 4, 4)
 
 
-def test_left_stays_left(tmp_path):
+def test_left_stays_left_black_is_minus_one_and_white_is_one(tmp_path):
     image = Image.new("L", (8, 8), 0)
     image.paste(255, (0, 0, 4, 8))
     image.save(tmp_path / "0.png")

@@ -44,8 +44,9 @@ def test_baselines_are_diffusers_loops_on_the_raw_network_output(model, kind, na
 def test_a_grid_or_a_folder_of_the_same_pixels(model, tmp_path, call):
     folder, grid = tmp_path / "folder", tmp_path / "grid.png"
     for out in (folder, grid):
-        assert call(sample.main, model.name, "--steps", 2, "--num_images", 4, "--seed", 5, "--out", out)[0] == 0
-    names = sorted(path.name for path in folder.iterdir())
+        flags = ["--teacher_steps", 2, "--num_images", 4, "--seed", 5, "--out", out]
+        assert call(sample.main, model.name, *flags)[0] == 0
+    names = sorted(path.name for path in folder.glob("*.png"))
     assert names == ["000005.png", "000006.png", "000007.png", "000008.png"]
     whole = np.asarray(Image.open(grid))
     for i, name in enumerate(names):
@@ -55,7 +56,8 @@ def test_a_grid_or_a_folder_of_the_same_pixels(model, tmp_path, call):
 
 def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
     for flags, words in (
-        (["--steps", 0], "1 to 1000 steps, not 0"),
+        (["--teacher_steps", 0], "1 to 1000 steps, not 0"),
+        (["--steps", 4], "--teacher_steps"),
         (["--steps", 60, "--scheduler", "lcm"], "1 to 50 steps, not 60"),
         (["--prompts", 1], "no classes"),
         (["--guidance_w", 1], "conditional teacher"),
