@@ -168,10 +168,13 @@ class Distillation:
         ema_update(self.target, run.accelerator.unwrap_model(run.model), self.args.ema_decay)
         return loss
 
-    def student(self) -> Teacher:
-        """The few-step model as it is now: the target's weights at γ = 1."""
+    def student(self) -> Teacher | None:
+        """The few-step model as it is now: the target's weights at γ = 1. All processes call it, the main one gets it."""
+        weights = training.gathered(self.target.plain_state_dict())
+        if not self.run.accelerator.is_main_process:
+            return None
         steps = len(self.teacher.schedule) // self.args.solver_step
-        return self.teacher.student(self.target.plain_state_dict(), steps, self.args.lora_rank)
+        return self.teacher.student(weights, steps, self.args.lora_rank)
 
 
 def configure(p: argparse.ArgumentParser) -> tuple[argparse.Namespace, Teacher]:
@@ -197,12 +200,12 @@ def main() -> None:
     for step, batches in run:
         run.log(step, loss=distillation.step(step, batches))
         run.checkpoint(step)
-        if args.validation_steps and step % args.validation_steps == 0 and run.accelerator.is_main_process:
-            student = distillation.student().to(run.accelerator.device)
+        if args.validation_steps and step % args.validation_steps == 0 and (student := distillation.student()):
+            student.to(run.accelerator.device)
             grid = teacher.picture(sample(student, range(teacher.pictured), 4, prompts=prompts))
             grid.save(writable_folder(folder / "samples") / f"step-{step}.png")
-    if run.accelerator.is_main_process:
-        finish(args, teacher, distillation.student(), folder)
+    if student := distillation.student():
+        finish(args, teacher, student, folder)
 
 
 def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder: Path) -> None:

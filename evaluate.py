@@ -172,7 +172,7 @@ def error() -> None:
     out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
     width = max(map(len, curves))
     for name, values in {"t": times, **curves}.items():
-        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: len(times) // 8]))
+        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: -(-len(times) // 8)]))
     print(f"{count * args.batch_size} samples of {args.data}; {machine()}; {out}")
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env, set_seed
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -136,6 +138,11 @@ def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> I
     )
 
 
+def gathered(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors, where FSDP has spread them over the processes; then each of these must call this."""
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+
 class Run:
     """One training run. `averages` are modules that change outside the optimizer; checkpoints hold them by their names.
 
@@ -171,9 +178,20 @@ class Run:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
+        fsdp = self.accelerator.state.fsdp_plugin if self.accelerator.distributed_type == "FSDP" else None
+        if fsdp:
+            if fsdp.fsdp_version == 1:
+                raise BadInput("FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
+            # Mixed precision is autocast's; this one would round x, α and σ as well, which are inputs of the model.
+            fsdp.mixed_precision_policy = None
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
         for module in averages.values():
-            module.to(self.accelerator.device)
+            if fsdp:  # resharded after forward, the root too, because an average is taken shard by shard
+                fsdp2_prepare_model(self.accelerator, module).set_reshard_after_forward(True)
+            else:
+                module.to(self.accelerator.device)
+        if isinstance(dataset, Shards):
+            dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
         self.dataset, self.step = dataset, 0
         earlier = checkpoints(self.folder)
         if earlier and not args.resume_from_checkpoint:
@@ -275,10 +293,11 @@ class Run:
             shutil.rmtree(draft, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(draft))
+        averages = {name: gathered(module.state_dict()) for name, module in self.averages.items()}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            for name, module in self.averages.items():
-                save_file(module.state_dict(), draft / f"{name}.safetensors")
+            for name, weights in averages.items():
+                save_file(weights, draft / f"{name}.safetensors")
             (draft / "configuration.json").write_text(json.dumps(self._configuration(), indent=2))
             if final.exists():
                 shutil.rmtree(final)
@@ -298,7 +317,8 @@ class Run:
         # accelerate unpickles optimizer and random states with weights_only=True, which executes no code.
         self.accelerator.load_state(str(path))
         for key, module in self.averages.items():
-            module.load_state_dict(load_file(path / f"{key}.safetensors", device=str(self.accelerator.device)))
+            weights = load_file(path / f"{key}.safetensors", device=str(self.accelerator.device))
+            set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
         self.step = int(path.name.removeprefix("checkpoint-"))
 
 

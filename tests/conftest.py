@@ -1,5 +1,6 @@
 """What several rooms' tests share: a way to call the programs, small pipelines, and real images where they are."""
 
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -96,3 +97,20 @@ def save(folder: Path, network, prediction_type="epsilon", beta_schedule="scaled
     scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, **scheduler)
     DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
     return folder
+
+
+class Means(torch.nn.Module):
+    """A feature extractor whose Fréchet distance is known, and a classifier: the mean of each channel is both."""
+
+    def forward(self, pixels):
+        means = pixels.float().mean((2, 3))
+        return means, means
+
+
+@pytest.fixture
+def means(tmp_path) -> Path:
+    example = (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),)
+    dynamic = {"pixels": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
+    exported = torch.export.export(Means(), example, dynamic_shapes=dynamic)
+    torch.export.save(exported, tmp_path / "means.pt2", extra_files={"classes": json.dumps(["red", "green", "blue"])})
+    return tmp_path / "means.pt2"

@@ -46,23 +46,6 @@ def test_mmd_is_the_unbiased_estimate_of_its_definition():
     assert mmd(seeded(500, 2), seeded(500, 2, seed=1)) < 0.05 < 0.2 < mmd(a, b)
 
 
-class Means(torch.nn.Module):
-    """A feature extractor whose Fréchet distance is known, and a classifier: the mean of each channel is both."""
-
-    def forward(self, pixels):
-        means = pixels.float().mean((2, 3))
-        return means, means
-
-
-@pytest.fixture
-def means(tmp_path) -> Path:
-    example = (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),)
-    dynamic = {"pixels": {0: torch.export.Dim("batch")}}
-    exported = torch.export.export(Means(), example, dynamic_shapes=dynamic)
-    torch.export.save(exported, tmp_path / "means.pt2", extra_files={"classes": json.dumps(["red", "green", "blue"])})
-    return tmp_path / "means.pt2"
-
-
 def test_fid_is_the_frechet_distance_of_the_features(means):
     """Against the closed form |μ_a - μ_b|² + tr(A + B - 2 sqrt(AB)) by scipy."""
     a, b = (seeded(300, 3, 8, 8, seed=s).mul(30).add(120).byte() for s in (0, 1))

@@ -1,7 +1,9 @@
 """Stable Diffusion is one more kind of teacher: random weights, its own format, stock diffusers as the oracle."""
 
+import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import one_line
@@ -10,8 +12,9 @@ from diffusers import UNet2DConditionModel as UNet
 from PIL import Image
 
 import distill
+import evaluate
 import sample
-from kinds import StableDiffusion
+from kinds import StableDiffusion, to_pixels
 from teacher import load
 from toy.tiny_sd import CLIP, LENGTH, TEMPLATES, WIDTH, caption, make_tokenizer
 
@@ -146,8 +149,16 @@ def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
     for out, more in (("plain", {}), ("cached", {"cache_latents": tmp_path / "cache"})):
         status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / out, guidance_w=2.0, **more))
         assert status == 0, err
-    # The first, to rounding: the cache encodes in other batches, and AdamW magnifies what that changes.
-    assert losses(tmp_path / "cached")[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=2e-4)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
+    # Losses hide much, and AdamW magnifies rounding. So: what the losses are made of.
+    model = load(teacher)
+    options = {"data": str(captions), "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
+    options |= {"mixed_precision": "no", "cache_latents": str(tmp_path / "cache")}
+    made, kept = (model.dataset(argparse.Namespace(**options | cache)) for cache in ({"cache_latents": None}, {}))
+    for batch in ([0, 5, 23], [7, 7]):
+        (x0, cond), (kept_x0, kept_cond) = (model.prepare(*dataset[batch]) for dataset in (made, kept))
+        assert torch.allclose(x0, kept_x0, atol=1e-5) and cond.keys() == kept_cond.keys()
+        assert torch.allclose(cond["encoder_hidden_states"], kept_cond["encoder_hidden_states"], atol=1e-5)
     other = flags(teacher, captions, tmp_path / "o", resolution=8, cache_latents=tmp_path / "cache")
     status, _, err = call(distill.main, *other)
     assert status == 2 and "resolution 16, not 8" in one_line(err)
@@ -167,6 +178,44 @@ def test_what_others_released_is_told_w_zero_as_stock_diffusers_tells_it(folder)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([999])
     told, untold = (model.predict(x, t, c)[1] for c in (model.condition(model.labels(["a cat"])), silent))
     assert (told - untold).abs().max() > 1e-4
+
+
+def test_ours_and_others_side_by_side_in_one_command(folder, captions, tmp_path, call, means):
+    """A grid of prompts × steps beside the teacher, and a table with what each prompt is understood as."""
+    teacher, theirs, out = folder(), str(tmp_path / "theirs"), tmp_path / "ours"
+    pipeline(scheduler=LCMScheduler, time_cond_proj_dim=8).save_pretrained(theirs)
+    assert call(distill.main, *flags(teacher, captions, out, guidance_w=1.0))[0] == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\na blue ship\n")
+    common = ["--prompts", prompts, "--guidance_w", 1, "--teacher_steps", 2]
+    grid = [teacher, out, theirs, *common, "--steps", 1, 4, "--num_images", 4, "--out", tmp_path / "grid.png"]
+    status, _, err = call(sample.main, *grid)
+    assert status == 0, err
+    with Image.open(tmp_path / "grid.png") as image:
+        row = image.height / 5  # the teacher's, and two of each student's
+        assert row.is_integer() and image.width / (row - 16) == pytest.approx((4 * 17 + 1) / 18)
+    more = ["--data", captions, "--features", means, "--num_samples", 4, "--samples_dir", tmp_path / "kept"]
+    status, text, err = call(evaluate.main, out, theirs, *common, *more, "--steps", 1)
+    assert status == 0, err
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    assert [row["sampler"] for row in rows] == ["teacher, DDIM", str(out), theirs]
+    assert all(0 <= row["prompt accuracy"] <= 1 and row["network"] > 0 for row in rows)
+    kept = Image.open(tmp_path / "kept/teacher-2/000003.png")
+    again = sample.sample(load(teacher), [3], 2, w=1.0, prompts=["a red cat", "a blue ship"])
+    assert (np.asarray(kept) == to_pixels(again)[0]).all()
+
+
+def test_the_error_and_the_parts_of_a_step_of_a_text_to_image_model(folder, captions, tmp_path, call):
+    teacher = folder()
+    flags = ["--data", captions, "--num_samples", 4, "--interval", 200, "--guidance_w", 2, "--out", tmp_path / "e.png"]
+    status, _, err = call(evaluate.main, "error", teacher, *flags)
+    assert status == 0, err
+    guided = json.loads((tmp_path / "e.json").read_text())[teacher]
+    flags = [teacher, *["--data", captions, "--train_batch_size", 4, "--timed_steps", 2, "--k", 20, "--guidance_w", 2]]
+    status, _, err = call(evaluate.main, "throughput", "--pretrained_teacher_model", *flags, "--output_dir", tmp_path)
+    assert status == 0, err
+    parts = json.loads((tmp_path / "throughput.json").read_text())["parts"]
+    assert len(guided) == 4 and min(guided) > 0 and min(parts.values()) > 0
 
 
 def test_a_preset_is_the_papers_recipe_and_flags_replace_its_parts(folder, captions, tmp_path, call):

@@ -195,8 +195,8 @@ def main() -> None:
     shards = write_shards(images, Path(args.shards))
     set_seed(args.seed)
     tokenizer = make_tokenizer([caption(name, i) for name in images.classes for i in range(len(TEMPLATES))])
-    text_encoder = train_text_encoder(stage("clip", max_train_steps=args.clip_steps), images, tokenizer)
-    vae = train_vae(stage("vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
+    text_encoder = train_text_encoder(stage("training-clip", max_train_steps=args.clip_steps), images, tokenizer)
+    vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
     scheduler = DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
