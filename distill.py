@@ -169,7 +169,7 @@ class Distillation:
         return loss
 
     def student(self) -> Teacher | None:
-        """The few-step model as it is now: the target's weights at γ = 1. All processes call it, the main one gets it."""
+        """The few-step model as it is now: the target's weights at γ = 1. Every process calls, the main one gets it."""
         weights = training.gathered(self.target.plain_state_dict())
         if not self.run.accelerator.is_main_process:
             return None

@@ -102,6 +102,7 @@ def sample_to_folder(
 ) -> None:
     """Sample s becomes `folder`/s.png. What an interrupted call left is kept; several processes share the work."""
     state, record = training.process(), writable_folder(folder) / "samples.json"
+    scheduler = scheduler or default_scheduler(model)
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": scheduler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it

@@ -134,8 +134,9 @@ def train(args: argparse.Namespace, teacher: Teacher, dataset: Dataset) -> None:
         ema_update(average, run.accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
         run.log(step, loss=loss)
         run.checkpoint(step)
+    weights = training.gathered(average.state_dict())
     if run.accelerator.is_main_process:
-        teacher.pipeline.register_modules(unet=average)
+        teacher.network.load_state_dict(weights)
         save_pipeline(teacher.pipeline, run.folder)
     run.accelerator.wait_for_everyone()
 

@@ -178,7 +178,9 @@ class Run:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        fsdp = self.accelerator.state.fsdp_plugin if self.accelerator.distributed_type == "FSDP" else None
+        if isinstance(dataset, Shards):
+            dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # of accelerate launch --use_fsdp
         if fsdp:
             if fsdp.fsdp_version == 1:
                 raise BadInput("FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
@@ -190,8 +192,6 @@ class Run:
                 fsdp2_prepare_model(self.accelerator, module).set_reshard_after_forward(True)
             else:
                 module.to(self.accelerator.device)
-        if isinstance(dataset, Shards):
-            dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
         self.dataset, self.step = dataset, 0
         earlier = checkpoints(self.folder)
         if earlier and not args.resume_from_checkpoint:
@@ -314,10 +314,11 @@ class Run:
         if differing:
             pairs = ", ".join(f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing)
             raise BadInput(f"{path} is of another configuration: {pairs}")
-        # accelerate unpickles optimizer and random states with weights_only=True, which executes no code.
+        # accelerate unpickles optimizer and random states with weights_only=True, which executes no code. FSDP's
+        # sharded format is an exception, its index being a full pickle; --fsdp_state_dict_type FULL_STATE_DICT is none.
         self.accelerator.load_state(str(path))
         for key, module in self.averages.items():
-            weights = load_file(path / f"{key}.safetensors", device=str(self.accelerator.device))
+            weights = load_file(path / f"{key}.safetensors")
             set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
         self.step = int(path.name.removeprefix("checkpoint-"))
 

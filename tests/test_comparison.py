@@ -39,22 +39,24 @@ def test_held_out_data_come_from_all_classes(images):
 
 @pytest.fixture
 def counting(monkeypatch):
-    """A measure that stands in for Inception: the mean of all pixels."""
+    """A measure that stands in for Inception: the mean of all pixels, and the prompts that came with them."""
 
     class Counting:
-        name, values = "the mean", ()
+        name, values, texts = "the mean", (), ""
 
         def update(self, samples, texts):
             self.values = *self.values, *samples.float().mean((1, 2, 3)).tolist()
+            self.texts += "".join(texts)
 
         def result(self):
-            values, self.values = self.values, ()
-            return {"mean": float(np.mean(values)), "n": len(values)}
+            values, texts, self.values, self.texts = self.values, self.texts, (), ""
+            return {"mean": float(np.mean(values)), "n": len(values), "texts": texts}
 
     monkeypatch.setattr(ImageTeacher, "measures", lambda *_: [Counting()])
+    monkeypatch.setattr(ImageTeacher, "texts", lambda *_: ["a", "b"])
 
 
-def test_images_kept_in_a_folder_are_the_same_and_are_not_made_again(images, counting, tmp_path, monkeypatch):
+def test_images_kept_in_a_folder_are_the_same_and_are_not_made_again(images, counting, tmp_path):
     teacher = load(str(save(tmp_path / "teacher", unet(size=32))))
     one, two = (teacher.student(teacher.network.state_dict(), 50) for _ in range(2))
     one.name, two.name = "runs/one", "runs/two"
@@ -68,6 +70,7 @@ def test_images_kept_in_a_folder_are_the_same_and_are_not_made_again(images, cou
     streamed, kept = rows(), rows(samples_dir=tmp_path / "kept")
     assert [row["sampler"] for row in kept] == ["held-out data", "teacher, DDIM", "one", "one", "two", "two"]
     assert len({row["mean"] for row in kept}) == 6
+    assert [row["texts"] for row in streamed] == ["", *["abababa"] * 5] == [row["texts"] for row in kept]
     for a, b in zip(streamed, kept, strict=True):
         assert a["mean"] == pytest.approx(b["mean"], abs=1e-6) and a["n"] == b["n"] == min(7, 24)
         assert ("map error" in a) == ("map error" in b)  # whose values differ, since files are clipped
@@ -79,9 +82,8 @@ def test_images_kept_in_a_folder_are_the_same_and_are_not_made_again(images, cou
     again = rows(samples_dir=tmp_path / "kept", batch_size=2)
     assert [row["mean"] for row in again] == pytest.approx([row["mean"] for row in kept])
     assert {file for file in files if file.stat().st_mtime_ns != before[file]} == {files[3]}
-    for change in ({"prompts": ["0"]}, {"w": 1.0}):
-        with pytest.raises(BadInput):
-            rows(samples_dir=tmp_path / "kept", **change)
+    with pytest.raises(BadInput, match="other flags"):
+        rows(samples_dir=tmp_path / "kept", mixed_precision="bf16")
     torch.nn.init.normal_(one.network.conv_out.weight, std=0.1)  # trained further, under the same name
     with pytest.raises(BadInput, match="another model"):
         rows(samples_dir=tmp_path / "kept")

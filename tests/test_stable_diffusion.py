@@ -150,6 +150,9 @@ def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
         status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / out, guidance_w=2.0, **more))
         assert status == 0, err
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
+    other = flags(teacher, captions, tmp_path / "o", resolution=8, cache_latents=tmp_path / "cache")
+    status, _, err = call(distill.main, *other)
+    assert status == 2 and "resolution 16, not 8" in one_line(err)
     # Losses hide much, and AdamW magnifies rounding. So: what the losses are made of.
     model = load(teacher)
     options = {"data": str(captions), "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
@@ -159,9 +162,6 @@ def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
         (x0, cond), (kept_x0, kept_cond) = (model.prepare(*dataset[batch]) for dataset in (made, kept))
         assert torch.allclose(x0, kept_x0, atol=1e-5) and cond.keys() == kept_cond.keys()
         assert torch.allclose(cond["encoder_hidden_states"], kept_cond["encoder_hidden_states"], atol=1e-5)
-    other = flags(teacher, captions, tmp_path / "o", resolution=8, cache_latents=tmp_path / "cache")
-    status, _, err = call(distill.main, *other)
-    assert status == 2 and "resolution 16, not 8" in one_line(err)
 
 
 def test_what_others_released_is_told_w_zero_as_stock_diffusers_tells_it(folder):
@@ -194,14 +194,22 @@ def test_ours_and_others_side_by_side_in_one_command(folder, captions, tmp_path,
     with Image.open(tmp_path / "grid.png") as image:
         row = image.height / 5  # the teacher's, and two of each student's
         assert row.is_integer() and image.width / (row - 16) == pytest.approx((4 * 17 + 1) / 18)
+        first = image.crop((0, 16, image.width, int(row)))
+    model, pair = load(teacher), ["a red cat", "a blue ship"]
+    guided = model.picture(sample.sample(model, range(4), 2, w=1.0, prompts=pair)).resize(first.size, 0)
+    assert (np.asarray(first) == np.asarray(guided)).all()
     more = ["--data", captions, "--features", means, "--num_samples", 4, "--samples_dir", tmp_path / "kept"]
+    before = [out, "--prompts", prompts, "--steps", 1, "--num_images", 2, "--out", tmp_path / "kept/ours-1"]
+    assert call(sample.main, *before)[0] == 0  # as many GPUs may do it beforehand
+    made = (tmp_path / "kept/ours-1/000001.png").stat().st_mtime_ns
     status, text, err = call(evaluate.main, out, theirs, *common, *more, "--steps", 1)
     assert status == 0, err
     rows = json.loads((out / "evaluation.json").read_text())["rows"]
     assert [row["sampler"] for row in rows] == ["teacher, DDIM", str(out), theirs]
     assert all(0 <= row["prompt accuracy"] <= 1 and row["network"] > 0 for row in rows)
+    assert (tmp_path / "kept/ours-1/000001.png").stat().st_mtime_ns == made
     kept = Image.open(tmp_path / "kept/teacher-2/000003.png")
-    again = sample.sample(load(teacher), [3], 2, w=1.0, prompts=["a red cat", "a blue ship"])
+    again = sample.sample(model, [3], 2, w=1.0, prompts=pair)
     assert (np.asarray(kept) == to_pixels(again)[0]).all()
 
 
