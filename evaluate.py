@@ -112,19 +112,21 @@ def table() -> None:
 
 @torch.no_grad()
 def approximated_errors(
-    model: Teacher, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], interval: int, w: float
+    model: Teacher, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], w: float
 ) -> Tensor:
-    """The mean square of f(x_t, t) - f(x_t', t'), t' = t - interval, at each time t: what is left of Eq. 6.
+    """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves.
 
     Neighbours on a trajectory are simulated as for the paper's figure: the same noise on the same x_0.
     """
-
-    def denoised(time: int) -> Tensor:
-        t = torch.full((len(x0),), time, device=x0.device)
+    squares, before = [], None
+    for n in times:
+        t = torch.full((len(x0),), n, device=x0.device)
         alpha, sigma = model.schedule.at(t, x0.ndim)
-        return model.predict(alpha * x0 + sigma * noise, t, cond, w)[0]
-
-    return torch.stack([(denoised(t) - denoised(t - interval)).square().mean() for t in times]).cpu()
+        denoised, _ = model.predict(alpha * x0 + sigma * noise, t, cond, w)
+        if before is not None:
+            squares.append((before - denoised).square().mean().cpu())
+        before = denoised
+    return torch.stack(squares)
 
 
 def error() -> None:
@@ -150,7 +152,9 @@ def error() -> None:
     args.data = args.data or models[0].default_data
     if args.data is None:
         raise BadInput("--data is missing: a folder of images, or images with captions")
-    times = list(range(len(models[0].schedule) - 1, max(99, args.interval), -args.interval))  # below 100: as the paper
+    times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as the paper
+    if len(times) < 2:
+        raise BadInput(f"--interval {args.interval} leaves no neighbours")
     count, curves = -(-args.num_samples // args.batch_size), {model.name: 0 for model in models}
     batches = training.stream_batches(models[0].dataset(args), 0, batch_size=args.batch_size, seed=args.seed)
     for i, (data, label) in enumerate(tqdm(itertools.islice(batches, count), total=count, unit="batch", leave=False)):
@@ -160,19 +164,19 @@ def error() -> None:
             w = 0.0 if model.is_student else args.guidance_w
             with training.autocast(device, args.mixed_precision):
                 cond = model.condition(label.to(device))
-                squares = approximated_errors(model, x0, cond, noise, times, args.interval, w)
+                squares = approximated_errors(model, x0, cond, noise, times, w)
             curves[model.name] += squares / count
     curves = {name: squares.sqrt().tolist() for name, squares in curves.items()}
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, values in curves.items():
-        axis.plot(times, values, label=name)
+        axis.plot(times[:-1], values, label=name)
     axis.set(xlabel="t", ylabel=f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})", yscale="log")
     axis.legend(frameon=False)
     figure.savefig(out, dpi=110)
-    out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
+    out.with_suffix(".json").write_text(json.dumps({"t": times[:-1], **curves}))
     width = max(map(len, curves))
-    for name, values in {"t": times, **curves}.items():
-        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: -(-len(times) // 8)]))
+    for name, values in {"t": times[:-1], **curves}.items():
+        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: -(-len(values) // 8)]))
     print(f"{count * args.batch_size} samples of {args.data}; {machine()}; {out}")
 
 
