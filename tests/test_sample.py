@@ -1,5 +1,7 @@
 """Samplers: a seed per image, and diffusers' own loops as oracles."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 import sample
+import training
+from kinds import to_pixels
 from teacher import load
 
 
@@ -52,6 +56,21 @@ def test_a_grid_or_a_folder_of_the_same_pixels(model, tmp_path, call):
     for i, name in enumerate(names):
         top, left = 1 + 9 * (i // 2), 1 + 9 * (i % 2)
         assert (np.asarray(Image.open(folder / name)) == whole[top : top + 8, left : left + 8]).all()
+
+
+def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
+    made = []
+    for rank in range(3):
+        state = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=not rank)
+        state.wait_for_everyone = lambda: None
+        monkeypatch.setattr(training, "process", lambda state=state: state)
+        before = set(tmp_path.glob("*.png"))
+        sample.sample_to_folder(model, range(5, 12), tmp_path, 2, batch_size=2)
+        made.append(set(tmp_path.glob("*.png")) - before)
+    assert [len(files) for files in made] == [3, 2, 2]
+    assert {path.name for path in set.union(*made)} == {f"{seed:06d}.png" for seed in range(5, 12)}
+    alone = to_pixels(sample.sample(model, [11], 2))[0]
+    assert (np.asarray(Image.open(tmp_path / "000011.png")) == alone).all()
 
 
 def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
