@@ -1,7 +1,9 @@
 """Stable Diffusion is one more kind of teacher: random weights, its own format, stock diffusers as the oracle."""
 
 import argparse
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from PIL import Image
 import distill
 import evaluate
 import sample
+from data import load_images
 from kinds import StableDiffusion, to_pixels
 from teacher import load
+from toy import tiny_sd
 from toy.tiny_sd import CLIP, LENGTH, TEMPLATES, WIDTH, caption, make_tokenizer
 
 WORDS = ["cat", "ship", "airplane"]
@@ -238,6 +242,33 @@ def test_a_preset_is_the_papers_recipe_and_flags_replace_its_parts(folder, capti
     assert {name: used[name] for name in stated} == stated and used["k"] == 40 and used["max_train_steps"] == 1
     status, text, _ = call(distill.main, "--help")
     assert status == 0 and "--k 100 --guidance_w 3.0 --metric huber" in text
+
+
+def test_a_stable_diffusion_is_made_from_images_by_class(images, tmp_path, call):
+    """Hardly trained, but whole: shards with true captions, latents of unit variance, a folder that diffusers reads."""
+    steps = ["--clip_steps", 2, "--vae_steps", 2, "--max_train_steps", 2, "--train_batch_size", 8]
+    out, shards = tmp_path / "tiny-sd", tmp_path / "shards"
+    status, text, err = call(tiny_sd.main, "--data", images, "--shards", shards, "--output_dir", out, *steps)
+    assert status == 0 and str(out) in text, err
+    data, members = load_images(images), {}
+    for path in sorted(shards.glob("cifar-*.tar")):
+        with tarfile.open(path) as tar:
+            members |= {member.name: tar.extractfile(member).read() for member in tar}
+    for i, (pixels, label) in enumerate(zip(data.samples, data.labels, strict=True)):
+        picture = np.asarray(Image.open(io.BytesIO(members.pop(f"{i:06d}.png"))))
+        assert (picture == pixels.permute(1, 2, 0).numpy()).all()
+        assert members.pop(f"{i:06d}.txt").decode().endswith(data.classes[label])
+    assert not members
+    stock = StableDiffusionPipeline.from_pretrained(out)
+    stock.set_progress_bar_config(disable=True)
+    assert stock("a photo of a cat", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    words = stock.tokenizer(["a photo of a cat", "a photo of a ship", "a picture of a ship"]).input_ids
+    assert len(set(map(tuple, words))) == 3 and max(map(len, words)) < LENGTH
+    latents = stock.vae.encode(data.samples / 127.5 - 1).latent_dist.mode() * stock.vae.config.scaling_factor
+    assert latents.std().item() == pytest.approx(1, rel=0.05)
+    more = {"data": f"{shards}/cifar-{{000..009}}.tar", "cache_latents": out / "latents", "mixed_precision": "bf16"}
+    status, _, err = call(distill.main, *flags(str(out), None, tmp_path / "student", **more))
+    assert status == 0, err
 
 
 def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, call):

@@ -144,7 +144,7 @@ def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
         run.log(step, loss=run.optimize(loss_of(*batch) for batch in batches))
         run.checkpoint(step)
     with torch.no_grad():
-        x, _ = images[list(range(0, len(images.samples), len(images.samples) // 500))]
+        x, _ = images[list(range(0, len(images.samples), -(-len(images.samples) // 500)))]
         latents = module.encode(x.to(run.accelerator.device)).latent_dist.mode()
     module.register_to_config(scaling_factor=1 / latents.std().item())  # latents of unit variance for the U-Net
     return module
