@@ -143,7 +143,7 @@ def error() -> None:
     p.add_argument("--seed", type=int, default=0, help="of data and noise")
     p.add_argument("--batch_size", type=int, default=100)
     p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
-    p.add_argument("--out", default="error.png", help="the plot; the numbers are written beside it as .json")
+    p.add_argument("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
     args = p.parse_args()
     training.check_positive(args, "num_samples", "interval", "batch_size")
     out, device = Path(args.out), training.process().device
