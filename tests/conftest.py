@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -114,3 +115,18 @@ def means(tmp_path) -> Path:
     exported = torch.export.export(Means(), example, dynamic_shapes=dynamic)
     torch.export.save(exported, tmp_path / "means.pt2", extra_files={"classes": json.dumps(["red", "green", "blue"])})
     return tmp_path / "means.pt2"
+
+
+@pytest.fixture
+def clip(tmp_path) -> str:
+    """A random CLIP of open_clip's own code, small, with its weights in a file."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-test.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-test").state_dict(), tmp_path / "weights.pt")
+    return f"tiny-test/{tmp_path / 'weights.pt'}"

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import zipfile
 from pathlib import Path
 
@@ -80,21 +79,6 @@ def test_prompt_accuracy_counts_prompts_that_name_one_class(means):
     assert measure.result()["prompt accuracy"] == right.count(True) / (right.count(True) + right.count(False))
     measure.update(torch.stack(images), [])
     assert "prompt accuracy" not in measure.result()
-
-
-@pytest.fixture
-def clip(tmp_path) -> str:
-    """A random CLIP of open_clip's own code, small, with its weights in a file."""
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-test.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-test").state_dict(), tmp_path / "weights.pt")
-    return f"tiny-test/{tmp_path / 'weights.pt'}"
 
 
 def test_clip_score_is_the_mean_cosine_of_image_and_prompt(clip):

@@ -217,6 +217,25 @@ def test_ours_and_others_side_by_side_in_one_command(folder, captions, tmp_path,
     assert (np.asarray(kept) == to_pixels(again)[0]).all()
 
 
+def test_a_protocol_is_what_is_published_and_flags_replace_its_parts(folder, captions, tmp_path, call, means, clip):
+    """COCO's 30,000 at 256 pixels, but for 3 samples and networks that need no download."""
+    student, prompts = folder(scheduler=LCMScheduler), tmp_path / "captions.txt"
+    prompts.write_text("a red cat\na blue ship\na green airplane\n")
+    ours = ["--pretrained_teacher_model", student, "--guidance_w", 0, "--data", captions, "--prompts", prompts]
+    less = ["--num_samples", 3, "--features", means, "--clip_model", clip, "--steps", 1, "--teacher_steps"]
+    sizes, measured = [], StableDiffusion.measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "measured", lambda *a: sizes.append(measured(*a).shape) or measured(*a))
+        status, text, err = call(evaluate.main, student, "--protocol", "coco2014-30k", *ours, *less)
+    assert status == 0 and clip in text and str(means) in text, err
+    result = json.loads((tmp_path / "teacher/evaluation.json").read_text())
+    assert result["flags"]["resolution"] == 256 and sizes == [(3, 3, 256, 256)]
+    (row,) = result["rows"]
+    assert -1 < row["CLIP"] < 1 and row["prompt accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    assert evaluate.PROTOCOLS["coco2014-30k"]["num_samples"] == 30_000
+    assert {p["clip_model"] for p in evaluate.PROTOCOLS.values()} == {"ViT-g-14/laion2b_s12b_b42k"}
+
+
 def test_the_error_and_the_parts_of_a_step_of_a_text_to_image_model(folder, captions, tmp_path, call):
     teacher = folder()
     flags = ["--data", captions, "--num_samples", 4, "--interval", 200, "--guidance_w", 2, "--out", tmp_path / "e.png"]
