@@ -151,15 +151,20 @@ def spread(length: int, n: int) -> Tensor:
     return torch.linspace(0, length - 1, min(length, n)).long()
 
 
-def print_table(comparison: Comparison) -> None:
-    columns = list(dict.fromkeys(column for row in comparison.rows for column in row))
+def print_rows(rows: Sequence[dict]) -> None:
+    """A line for each row, under the names of all columns."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns]
-    for row in comparison.rows:
+    for row in rows:
         values = [row.get(column, "-") for column in columns]
         lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *rest in lines:
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True))]))
+
+
+def print_table(comparison: Comparison) -> None:
+    print_rows(comparison.rows)
     print(f"{comparison.reference}; {machine()}")
 
 

@@ -121,27 +121,30 @@ def image_files(folder: str, split: str) -> list[Path]:
     return files
 
 
+@functools.cache  # a program asks for the same images several times
 def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
     """All images below `folder/split/<class>/`, in memory.
 
     A folder named cifar10* that holds no images is filled by torchvision's download (which checks the archive's md5
-    before it opens it). Broken files are skipped, named in the log, and counted. The images must be square and all of
-    one size, `resolution` where it is given.
+    before it opens it). Broken files are skipped, named in the log, and counted. All become centre squares of
+    `resolution`; where that is not given, they must be squares of one size.
     """
     files = image_files(folder, split)
     if not files:
-        return _torchvision_cifar10(folder, split, mirror)
+        return _torchvision_cifar10(folder, split, resolution, mirror)
     classes = sorted({path.parent.name for path in files})
     pixels, labels, broken = [], [], 0
     for path in tqdm(files, desc=f"images {folder}", unit="img", leave=False, mininterval=1):
         try:
             with Image.open(path) as image:
                 array = np.asarray(image.convert("RGB"))
+                if resolution and array.shape != (resolution, resolution, 3):
+                    array = centre_square(image, resolution).permute(1, 2, 0).numpy()
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files, by format
             log.warning("skipped %s: %s", path, error)
             broken += 1
             continue
-        size = resolution or (pixels[0].shape[0] if pixels else array.shape[0])
+        size = (pixels[0] if pixels else array).shape[0]
         if array.shape != (size, size, 3):
             raise BadInput(f"{path} is {array.shape[1]}x{array.shape[0]} pixels, expected {size}x{size}")
         pixels.append(array)
@@ -153,12 +156,14 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
     return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), classes, mirror)
 
 
-def _torchvision_cifar10(folder: str, split: str, mirror: bool) -> Images:
+def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror: bool) -> Images:
     try:
         cifar = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"no images in {folder}, and CIFAR-10 could not be downloaded: {error}") from None
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    if resolution and pixels.shape[-1] != resolution:
+        pixels = torch.stack([centre_square(Image.fromarray(image), resolution) for image in cifar.data])
     return Images(pixels, torch.tensor(cifar.targets), cifar.classes, mirror)
 
 

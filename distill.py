@@ -8,7 +8,7 @@ accelerate launch distill.py ...                            the same on many GPU
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pretrained_teacher_model",
         default="toy:8gaussians",
-        help="toy:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base",
+        help="toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base",
     )
     p.add_argument("--preset", choices=PRESETS, help="a recipe of the paper, printed below")
     training.add_data_arguments(p)
@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
     group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
     group.add_argument(
+        "--num_ddim_timesteps", type=int, default=50, help="evenly spaced times where sub-paths start; paper: 50"
+    )
+    group.add_argument(
         "--guidance_w", type=float, default=0.0, help="w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
     )
     group.add_argument("--ema_decay", type=float, default=0.95, help="of the target network θ⁻; paper: 0.95")
@@ -92,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
         choices=["embedding", "time"],
         default="time",
         help="the network is told γ, or the time with the same noise-to-signal ratio; paper: embedding",
+    )
+    group.add_argument(
+        "--gamma_draws", type=int, default=1, help="γ for each solved sub-path, sharing the teacher's cost; paper: 1"
     )
     group = p.add_argument_group("large networks")
     group.add_argument("--lora_rank", type=int, default=0, help="train a LoRA of this rank instead of all weights")
@@ -107,19 +113,32 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, teacher: Teacher) -> None:
     num_train_timesteps = len(teacher.schedule)
-    training.check_positive(args, "k", "solver_step")
+    training.check_positive(args, "k", "solver_step", "num_ddim_timesteps", "gamma_draws")
     if args.k % args.solver_step:
         raise BadInput(f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
-    if num_train_timesteps % args.solver_step or args.k >= num_train_timesteps:
-        raise BadInput(f"--solver_step must divide the teacher's {num_train_timesteps} time steps, and --k be smaller")
+    if args.k >= num_train_timesteps:
+        raise BadInput(f"--k must be smaller than the teacher's {num_train_timesteps} time steps")
+    if num_train_timesteps % args.num_ddim_timesteps:
+        raise BadInput(f"--num_ddim_timesteps must divide the teacher's {num_train_timesteps} time steps")
+    if args.ode == "lcm" and args.gamma_draws > 1:
+        raise BadInput("--gamma_draws is for --ode sl and dl: in LCM γ is always 1")
     if not 0 <= args.ema_decay < 1:
         raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
     if args.guidance_w and not teacher.conditional:
         raise BadInput("--guidance_w needs a conditional teacher: this one has no labels")
     if args.data is None:
         raise BadInput("--data is missing: a folder of images, or images with captions")
+    if args.num_eval_samples:
+        teacher.reference(args.data, "train", None)  # or the closing table would fail, at the end
     if args.gradient_checkpointing and not getattr(teacher.network, "_supports_gradient_checkpointing", False):
         raise BadInput(f"--gradient_checkpointing: a {type(teacher.network).__name__} has none")
+
+
+def forward_passes(args: argparse.Namespace) -> int:
+    """The cost of one sample in a training step, in forward passes of the network, of which forward and backward
+    together are three: teacher, target, student."""
+    teacher = args.k // args.solver_step * (2 if args.guidance_w else 1)
+    return teacher + 1 + args.gamma_draws * (3 + args.gradient_checkpointing)
 
 
 class Distillation:
@@ -161,8 +180,10 @@ class Distillation:
     def step(self, step: int, batches: Iterator) -> float:
         """The optimizer's step number `step`, and the target's; returns the loss."""
         run, teacher = self.run, self.teacher
-        shape = (run.total_batch_size, *teacher.shape)
-        draws = draw(shape, len(teacher.schedule), self.args.solver_step, run.generator(step))
+        args, shape = self.args, (run.total_batch_size, *teacher.shape)
+        draws = draw(
+            shape, len(teacher.schedule), args.num_ddim_timesteps, run.generator(step), gamma_draws=args.gamma_draws
+        )
         pairs = zip(batches, run.split(draws), strict=True)
         loss = run.optimize(self.loss(*batch, Draws(*rows)) for batch, rows in pairs)
         ema_update(self.target, run.accelerator.unwrap_model(run.model), self.args.ema_decay)
@@ -173,20 +194,24 @@ class Distillation:
         weights = training.gathered(self.target.plain_state_dict())
         if not self.run.accelerator.is_main_process:
             return None
-        steps = len(self.teacher.schedule) // self.args.solver_step
-        return self.teacher.student(weights, steps, self.args.lora_rank)
+        return self.teacher.student(weights, self.args.num_ddim_timesteps, self.args.lora_rank)
 
 
-def configure(p: argparse.ArgumentParser) -> tuple[argparse.Namespace, Teacher]:
+def configure(p: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Teacher]:
     """The flags, whose defaults are the preset's and the teacher's kind's, and the teacher."""
-    first, _ = p.parse_known_args()
+    first, _ = p.parse_known_args(arguments)
     preset = PRESETS.get(first.preset, {})
     p.set_defaults(**preset)
-    first, _ = p.parse_known_args()
-    folder = writable_folder(first.output_dir)
-    teacher = fit_or_load(first.pretrained_teacher_model, folder / "teacher", first.seed, first.mixed_precision)
+    first, _ = p.parse_known_args(arguments)
+    teacher = fit_or_load(
+        first.pretrained_teacher_model,
+        writable_folder(first.output_dir) / "teacher",
+        first.seed,
+        first.mixed_precision,
+        class_conditional=first.guidance_w != 0,
+    )
     p.set_defaults(**{"data": teacher.default_data, **teacher.recipe, **preset})
-    args = p.parse_args()
+    args = p.parse_args(arguments)
     check(args, teacher)
     return args, teacher
 

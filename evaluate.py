@@ -25,7 +25,7 @@ from tqdm import tqdm
 import training
 from comparison import compare, machine, network_seconds, print_table
 from data import BadInput, Images, load_images, program, read_prompts, writable_folder
-from distill import Distillation, configure, parser
+from distill import Distillation, configure, forward_passes, parser
 from kinds import Teacher
 from teacher import load
 
@@ -250,8 +250,7 @@ def throughput() -> None:
     whole, split = (statistics.mean(seconds[-n * args.timed_steps :][: args.timed_steps]) for n in (2, 1))
     parts = {part: total / args.timed_steps for part, total in watch.seconds.items()}
     parts["data, EMA and others"] = split - sum(parts.values())
-    teacher_calls = args.k // args.solver_step * (2 if args.guidance_w else 1)
-    passes = teacher_calls + 1 + 3 + args.gradient_checkpointing  # the target's one; forward and backward make three
+    passes = forward_passes(args)
     forward = network_seconds(teacher, args.train_batch_size, args.mixed_precision)
     model = passes * forward * args.gradient_accumulation_steps
     result = {
@@ -325,6 +324,7 @@ def features() -> None:
     p = argparse.ArgumentParser(prog="evaluate.py features", description="Train a classifier and export its features.")
     p.add_argument("--data", required=True, help="folder of images with the splits train and test")
     p.add_argument("--out", required=True, help="the exported network, .pt2")
+    p.add_argument("--resolution", type=int, help="images are resized and cropped to it; default: their own")
     training.add_arguments(p)
     p.set_defaults(
         output_dir="runs/features",
@@ -340,7 +340,7 @@ def features() -> None:
     out = Path(args.out)
     writable_folder(out.parent)
     set_seed(args.seed)  # of the initial weights
-    images = load_images(args.data, "train", mirror=True)
+    images = load_images(args.data, "train", args.resolution, mirror=True)
     test = load_images(args.data, "test", resolution=images.samples.shape[-1])
     run = training.Run(args, Classifier(len(images.classes)), images, averages={})
 

@@ -26,7 +26,7 @@ import training
 from data import BadInput, ImageFiles, centre_square, image_files, load_images
 from metrics import ClipScore, ImageFeatures, Measure, PointDistances
 from pairs import CachedLatents, PairOptions, cache_pairs, load_pairs
-from splam import Schedule, guided, sub_path_point, to_x0_eps
+from splam import Schedule, guided, multiple_estimation, sub_path_point, to_x0_eps
 from toy import DISTRIBUTIONS, GaussianMixture, PointMLP, plots
 
 diffusers_logging.set_verbosity_error()
@@ -99,8 +99,8 @@ class Teacher(ABC):
 
     @staticmethod
     @abstractmethod
-    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
-        """An untrained network for `data`, and the dataset to train it on."""
+    def new_network(args: argparse.Namespace) -> tuple[nn.Module, Dataset]:
+        """An untrained network for teacher.py's `args.data`, and the dataset to train it on."""
 
     # -- data and conditions ------------------------------------------------------------------------------------------
 
@@ -136,6 +136,18 @@ class Teacher(ABC):
         return x0
 
     # -- the model ----------------------------------------------------------------------------------------------------
+
+    def endpoint(self, noise: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> Tensor:
+        """Where the PF-ODE (Eq. 3, guided by w) takes the noise of time N-1, (B, ...): the map to be distilled.
+
+        As far as DDIM in `evaluation`'s largest number of steps knows."""
+        times, steps = len(self.schedule), max(self.evaluation["teacher_steps"])
+        t = torch.full((len(noise),), times - 1, device=noise.device)
+        zero = torch.zeros_like(t)
+        x = multiple_estimation(
+            lambda x, t: self.predict(x, t, cond, w), self.schedule, noise, t, zero, times - 1, times // steps
+        )
+        return self.predict(x, zero, cond, w)[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Teacher":
         """Moves the model. `dtype`, of the frozen network, is for kinds whose network is large."""
@@ -206,6 +218,7 @@ class ImageTeacher(Teacher):
         "learning_rate": 1e-3,
         "mixed_precision": "bf16",
         "beta_schedule": "linear",
+        "block_out_channels": [16, 32, 64, 128],
     }
     evaluation = {"teacher_steps": [1, 2, 4, 10, 50], "num_samples": 5000, "batch_size": 1024}
 
@@ -253,21 +266,24 @@ class ImageTeacher(Teacher):
         return image
 
     @staticmethod
-    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
-        """A small U-Net (2.5 M weights) for the images in `data`, and these images."""
-        images = load_images(data, mirror=True)
-        size = images.samples.shape[-1]
-        if size % 8:
-            raise BadInput(f"the images of {data} are {size} pixels wide; this U-Net needs a multiple of 8")
+    def new_network(args: argparse.Namespace) -> tuple[nn.Module, Dataset]:
+        """A small U-Net (2.5 M weights by default) for the images in `args.data`, and these images."""
+        images, channels = load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
+        size, levels = images.samples.shape[-1], len(channels)
+        if size % 2 ** (levels - 1) or any(width % 8 for width in channels):
+            raise BadInput(
+                f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times, or no multiple of 8"
+            )
+        attention = min(2, levels - 1)  # the level that attends
         return UNet2DModel(
             sample_size=size,
-            block_out_channels=(16, 32, 64, 128),
-            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            block_out_channels=channels,
+            down_block_types=["AttnDownBlock2D" if i == attention else "DownBlock2D" for i in range(levels)],
+            up_block_types=["AttnUpBlock2D" if i == attention else "UpBlock2D" for i in reversed(range(levels))],
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=32,
-            num_class_embeds=len(images.classes) + 1 if class_conditional else None,
+            num_class_embeds=len(images.classes) + 1 if args.class_conditional else None,
         ), images
 
 
@@ -293,7 +309,6 @@ class StableDiffusion(ImageTeacher):
         "validation_steps": 500,
         "num_eval_samples": 0,
     }
-    training_recipe = {**ImageTeacher.training_recipe, "beta_schedule": "scaled_linear"}
     evaluation = {"teacher_steps": [4, 50], "num_samples": 5000, "batch_size": 16}
     pictured, columns = 10, 10
     default_prompts = [
@@ -400,7 +415,7 @@ class StableDiffusion(ImageTeacher):
             return torch.cat([self.vae.decode(part).sample for part in latents]).clamp(-1, 1)
 
     @staticmethod
-    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
+    def new_network(args: argparse.Namespace) -> tuple[nn.Module, Dataset]:
         raise BadInput("toy/tiny_sd.py trains a small text-to-image model from nothing")
 
     def student(self, weights: dict[str, Tensor], original_inference_steps: int, lora_rank: int = 0) -> "Teacher":
@@ -411,11 +426,12 @@ class StableDiffusion(ImageTeacher):
 
 
 class Points(Dataset):
-    """65,536 points of `toy:<name>`, always the same, with the mixture component that each came from."""
+    """65,536 points of `toy:<name>`, always the same, with their classes (zeros where there are none)."""
 
     def __init__(self, data: str, split: str):
-        seed = {"train": 1, "test": 2}[split]
-        self.samples, self.labels = distribution(data).sample(2**16, torch.Generator().manual_seed(seed))
+        seed, mixture = {"train": 1, "test": 2}[split], distribution(data)
+        self.samples, component = mixture.sample(2**16, torch.Generator().manual_seed(seed))
+        self.labels = torch.zeros_like(component) if mixture.classes is None else mixture.classes[component]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -425,7 +441,10 @@ class Points(Dataset):
 
 
 class PointTeacher(Teacher):
-    """An MLP on 2-D points: `DDPMPipeline` of `PointMLP`."""
+    """2-D points: `DDPMPipeline` of `PointMLP`.
+
+    An ideal teacher, "ideal:<name>", knows ε in closed form, and its MLP is where its students start.
+    """
 
     shape, pictured = (2,), 4096
     recipe = {
@@ -445,7 +464,22 @@ class PointTeacher(Teacher):
 
     def __init__(self, pipeline: DDPMPipeline, name: str):
         super().__init__(pipeline, name)
-        self.default_data = f"toy:{self.network.config.distribution}"
+        config = self.network.config
+        self.ideal = config.ideal and not self.is_student
+        self.default_data = f"{'ideal' if config.ideal else 'toy'}:{config.distribution}"
+        self.mixture = distribution(self.default_data)
+
+    def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
+        if not self.ideal or (w and not self.conditional):  # which is refused there
+            return super().predict(x, t, cond, w)
+        alpha, sigma = self.schedule.at(t, 2)
+        return to_x0_eps(self.mixture.eps(x, alpha, sigma, cond.get("class_labels"), w), x, alpha, sigma, "epsilon")
+
+    def endpoint(self, noise: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> Tensor:
+        if not self.ideal:
+            return super().endpoint(noise, cond, w)
+        last = torch.tensor([len(self.schedule) - 1])
+        return self.mixture.endpoint(noise, *self.schedule.at(last, 2), cond.get("class_labels"), w)
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         refuse_pair_flags(args)
@@ -487,15 +521,23 @@ class PointTeacher(Teacher):
         return plots.overview(panels, paths.cpu(), torch.stack(lines).cpu())
 
     @staticmethod
-    def new_network(data: str, class_conditional: bool) -> tuple[nn.Module, Dataset]:
-        if class_conditional:
-            raise BadInput("--class_conditional is for images")
-        return PointMLP(distribution=data.removeprefix("toy:")), Points(data, "train")
+    def new_network(args: argparse.Namespace) -> tuple[nn.Module, Dataset]:
+        if args.resolution or args.block_out_channels:
+            raise BadInput("--resolution and --block_out_channels are for images")
+        classes, (kind, _, name) = distribution(args.data).num_classes, args.data.partition(":")
+        if args.class_conditional and not classes:
+            raise BadInput(f"--class_conditional: {args.data} has no classes")
+        labels = classes + 1 if args.class_conditional else None
+        network = PointMLP(num_class_embeds=labels, distribution=name, ideal=kind == "ideal")
+        return network, Points(args.data, "train")
+
+
+POINTS = ("toy:", "ideal:")  # how names of 2-D distributions and their teachers begin
 
 
 def distribution(data: str) -> GaussianMixture:
-    name = data.removeprefix("toy:")
-    if name not in DISTRIBUTIONS:
+    kind, _, name = data.partition(":")
+    if f"{kind}:" not in POINTS or name not in DISTRIBUTIONS:
         raise BadInput(f"unknown 2-D distribution {data!r}: choose from {', '.join('toy:' + n for n in DISTRIBUTIONS)}")
     return DISTRIBUTIONS[name]
 

@@ -248,18 +248,29 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
 
 
 class Draws(NamedTuple):
-    """What Algorithm 1 draws for each sample: sub-path start t (B,), γ ~ U[0,1] (B,), noise ε like x_0."""
+    """What Algorithm 1 draws for each sample: sub-path start t (B,), γ ~ U[0,1] (B, M), noise ε like x_0.
+
+    In the paper M = 1. Several γ for one solved sub-path share the cost of solving it: this project's option.
+    """
 
     t: Tensor
     gamma: Tensor
     noise: Tensor
 
 
-def draw(x_shape: Sequence[int], num_train_timesteps: int, solver_step: int, generator: torch.Generator) -> Draws:
-    """t is uniform on the solver's grid N-1, N-1-k_φ, ..., which is also the grid that few-step sampling visits."""
-    n = torch.randint(num_train_timesteps // solver_step, (x_shape[0],), generator=generator)
-    gamma = torch.rand(x_shape[0], generator=generator)
-    return Draws(num_train_timesteps - 1 - solver_step * n, gamma, torch.randn(x_shape, generator=generator))
+def draw(
+    x_shape: Sequence[int],
+    num_train_timesteps: int,
+    num_ddim_timesteps: int,
+    generator: torch.Generator,
+    gamma_draws: int = 1,
+) -> Draws:
+    """t is uniform on the grid N-1, N-1-N/50, ... of 50 `num_ddim_timesteps`, from which few-step sampling takes its
+    times as well."""
+    n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
+    gamma = torch.rand(x_shape[0], gamma_draws, generator=generator)
+    t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
+    return Draws(t, gamma, torch.randn(x_shape, generator=generator))
 
 
 def splad_loss(
@@ -289,11 +300,13 @@ def splad_loss(
     alpha_t, sigma_t = schedule.at(t, x0.ndim)
     x_t = alpha_t * x0 + sigma_t * noise  # Eq. 1
     x_s = multiple_estimation(denoise, schedule, x_t, t, s, k, solver_step)  # Eq. 18
-    point = sub_path_point(x_t, x_s, t, s, gamma, schedule, ode, sigma)  # Eq. 12 or 26
-    prediction = student(point.x, t, gamma, point, **cond)  # Eq. 16
     with torch.no_grad():
-        estimate = target(x_s, s, **cond)  # the same at γ = 1, no gradient
-    return distance(prediction, estimate, metric)
+        estimate = target(x_s, s, **cond)  # Eq. 16 at γ = 1, no gradient
+    losses = []
+    for g in gamma.unbind(1):
+        point = sub_path_point(x_t, x_s, t, s, g, schedule, ode, sigma)  # Eq. 12 or 26
+        losses.append(distance(student(point.x, t, g, point, **cond), estimate, metric))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 import training
 from data import BadInput, program
-from kinds import KINDS, ImageTeacher, PointTeacher, Teacher, distribution
+from kinds import KINDS, POINTS, ImageTeacher, PointTeacher, Teacher, distribution
 from splam import distance, draw, ema_update
 
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -99,8 +99,10 @@ def parser() -> argparse.ArgumentParser:
         ),
         formatter_class=training.Help,
     )
-    p.add_argument("--data", required=True, help="folder of images, or toy:<name>")
+    p.add_argument("--data", required=True, help="folder of images, or toy:<name>, or ideal:<name>")
     p.add_argument("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
+    p.add_argument("--resolution", type=int, help="images are resized and cropped to it; default: their own")
+    p.add_argument("--block_out_channels", type=int, nargs="+", help="of the images' U-Net, level by level")
     p.add_argument("--prediction_type", choices=TYPES, default="v_prediction", help="what the network outputs")
     p.add_argument("--beta_schedule", choices=BETAS, help="of the noise; Stable Diffusion: scaled_linear")
     p.add_argument("--ema_decay", type=float, default=0.999, help="of the weights that are saved")
@@ -129,7 +131,7 @@ def train(args: argparse.Namespace, teacher: Teacher, dataset: Dataset) -> None:
         return distance(output, targets[teacher.prediction_type], "l2")
 
     for step, batches in run:
-        draws = draw((run.total_batch_size, *teacher.shape), len(schedule), 1, run.generator(step))
+        draws = draw((run.total_batch_size, *teacher.shape), len(schedule), len(schedule), run.generator(step))
         loss = run.optimize(loss_of(*batch, *rows) for batch, rows in zip(batches, run.split(draws), strict=True))
         ema_update(average, run.accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
         run.log(step, loss=loss)
@@ -145,13 +147,13 @@ def fit(args: argparse.Namespace) -> None:
     """A teacher of the kind that `args.data` asks for, from nothing."""
     set_seed(args.seed)  # of the initial weights
     kind = kind_of_data(args.data)
-    network, dataset = kind.new_network(args.data, args.class_conditional)
+    network, dataset = kind.new_network(args)
     scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
     train(args, kind(DDPMPipeline(unet=network, scheduler=scheduler), args.output_dir), dataset)
 
 
 def kind_of_data(data: str) -> type[Teacher]:
-    return PointTeacher if data.startswith("toy:") else ImageTeacher
+    return PointTeacher if data.startswith(POINTS) else ImageTeacher
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -161,15 +163,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(arguments)
 
 
-def fit_or_load(name: str, folder: Path, seed: int, mixed_precision: str) -> Teacher:
-    """A teacher by name. "toy:<name>" is fitted here and now, and kept in `folder`, where the next call finds it."""
-    if not name.startswith("toy:"):
+def fit_or_load(name: str, folder: Path, seed: int, mixed_precision: str, class_conditional: bool = False) -> Teacher:
+    """A teacher by name. "toy:<name>" and "ideal:<name>" are fitted here and now, and kept in `folder`, where the next
+    call finds them."""
+    if not name.startswith(POINTS):
         return load(name)
     distribution(name)
     if not (folder / "model_index.json").is_file():
         flags = {"data": name, "output_dir": folder, "seed": seed, "mixed_precision": mixed_precision}
         flags["resume_from_checkpoint"] = "latest"  # of a fit that was interrupted
-        fit(parse([f"--{flag}={value}" for flag, value in flags.items()]))
+        labels = ["--class_conditional"] * class_conditional
+        fit(parse([*labels, *(f"--{flag}={value}" for flag, value in flags.items())]))
     teacher = load(str(folder))
     if teacher.default_data != name:
         raise BadInput(f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")

@@ -7,15 +7,27 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor
+
+from splam import guided
 
 
 @dataclass
 class GaussianMixture:
-    """Equally weighted N(means[i], std² I), means (K, 2); diffused to (α, σ) they are N(α means[i], (α std)² + σ²)."""
+    """Equally weighted N(means[i], std² I), means (K, 2); diffused to (α, σ) they are N(α means[i], (α std)² + σ²).
+
+    A labelled mixture has the class of each component, (K,). A `label` (B,) below restricts the mixture, sample by
+    sample, to the components of that class; the label after the last class is "no class" and restricts nothing.
+    """
 
     means: Tensor
     std: float
+    classes: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.classes is None else int(self.classes.max()) + 1
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """n points (n, 2) and the component each came from (n,)."""
@@ -32,22 +44,52 @@ class GaussianMixture:
         log_p, _, _ = self._component_log_density(x, alpha, sigma)
         return log_p.logsumexp(1) - math.log(len(self.means))
 
-    def eps(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The ideal noise prediction ε = -σ ∇ log p_t(x) (below Eq. 3), in closed form; (B, 2)."""
+    def class_probabilities(self, x: Tensor) -> Tensor:
+        """How likely a point x (B, 2) of the data is of each class, (B, classes)."""
+        log_p, _, _ = self._component_log_density(x, torch.ones_like(x[:, :1]), torch.zeros_like(x[:, :1]))
+        membership = torch.nn.functional.one_hot(self.classes, self.num_classes).to(log_p)
+        return log_p.softmax(1) @ membership
+
+    def eps(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None = None, w: float = 0.0) -> Tensor:
+        """The ideal noise prediction ε = -σ ∇ log p_t(x) (below Eq. 3), in closed form; (B, 2). With a label that of
+        p_t(x | label), and with guidance w that of Eq. 18."""
         log_p, offset, variance = self._component_log_density(x, alpha, sigma)
-        score = (log_p.softmax(1)[..., None] * offset).sum(1) / variance
-        return -sigma * score
+
+        def of(log_p: Tensor) -> Tensor:
+            return -sigma * (log_p.softmax(1)[..., None] * offset).sum(1) / variance
+
+        if label is None:
+            return of(log_p)
+        outside = (self.classes.to(label) != label[:, None]) & (label[:, None] < self.num_classes)
+        return guided(of(log_p.masked_fill(outside, -torch.inf)), of(log_p), w)
+
+    def endpoint(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor | None = None, w: float = 0.0) -> Tensor:
+        """Where the PF-ODE (Eq. 3) takes x (B, 2) from the time of one α and σ, (1, 1), to the precision of scipy's
+        solver.
+
+        In z = x / α and λ = σ / α the ODE is dz/dλ = ε, and no noise schedule is left in it.
+        """
+
+        def slope(lam, z):
+            alpha = torch.full((len(x), 1), 1 / math.hypot(1, lam), dtype=torch.float64)
+            return self.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, lam * alpha, label, w).flatten().numpy()
+
+        z, lam = (x / alpha).double().flatten().numpy(), (sigma / alpha).item()
+        return (
+            torch.from_numpy(solve_ivp(slope, (lam, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y[:, -1]).view(-1, 2).to(x)
+        )
 
 
 def _eight_gaussians() -> GaussianMixture:
     angle = torch.arange(8) * math.pi / 4
-    return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), 0.08)
+    return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), 0.08, classes=torch.arange(8))
 
 
-def _moons() -> GaussianMixture:
+def _moons(std: float) -> GaussianMixture:
     angle = torch.linspace(0, math.pi, 32)
     upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
-    return GaussianMixture(0.75 * torch.cat([upper, -upper]), 0.06)
+    classes = torch.arange(2).repeat_interleave(32)
+    return GaussianMixture(0.75 * torch.cat([upper, -upper]), std, classes)
 
 
 def _spiral() -> GaussianMixture:
@@ -64,7 +106,8 @@ def _checkerboard() -> GaussianMixture:
 
 DISTRIBUTIONS = {
     "8gaussians": _eight_gaussians(),
-    "moons": _moons(),
+    "moons": _moons(0.06),
+    "clouds": _moons(0.25),  # so wide that the two classes overlap
     "checkerboard": _checkerboard(),
     "spiral": _spiral(),
 }

@@ -1,8 +1,11 @@
 """All plotting of the 2-D laboratory."""
 
 import io
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,3 +56,50 @@ def overview(panels: dict[str, Tensor], paths: Tensor, chords: Tensor) -> Image.
     for axis in axes[len(panels) + 1 :]:
         axis.set_axis_off()
     return _rendered(figure)
+
+
+class Panel(NamedTuple):
+    """Curves with a spread: {name: (x, mean, deviation)}, each (n,)."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
+    xscale: str = "linear"
+    yscale: str = "log"
+
+
+def curves(*panels: Panel) -> Image.Image:
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        for i, (name, (x, mean, deviation)) in enumerate(panel.series.items()):
+            style = {"color": f"C{i % 10}", "marker": "." if len(x) < 20 else None, "ls": "--" if i > 9 else "-"}
+            axis.plot(x, mean, label=name, **style)
+            if deviation is not None:
+                low, high = (torch.tensor(mean) + sign * torch.tensor(deviation) for sign in (-1, 1))
+                axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+        axis.legend(frameon=False, fontsize=7)
+    return _rendered(figure)
+
+
+def dots(columns: dict[str, dict[str, tuple[float, float]]]) -> Image.Image:
+    """A panel for each column, {name: (mean, deviation)}, a line for each name."""
+    names = list(next(iter(columns.values())))
+    size = (2.2 + 3 * len(columns), 0.9 + 0.24 * len(names))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, (column, values) in zip(axes.flat, columns.items(), strict=True):
+        mean, deviation = zip(*values.values(), strict=True)
+        axis.errorbar(mean, names, xerr=deviation, fmt=".", color="tab:blue", ecolor="tab:gray", capsize=2)
+        axis.set(title=column, xlim=(0, None))
+        axis.grid(axis="y", alpha=0.3)
+    axes.flat[0].invert_yaxis()
+    return _rendered(figure)
+
+
+def below(*pictures: Image.Image) -> Image.Image:
+    """One picture of several, one below the other."""
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return whole

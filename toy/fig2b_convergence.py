@@ -1,0 +1,37 @@
+"""Figure 2(b): quality against training steps, and against the network evaluations that they cost."""
+
+from PIL import Image
+
+from data import program
+from toy import plots
+from toy.laboratory import Findings, Laboratory, Variant
+
+VARIANTS = {
+    "LCM, k = 20": Variant("--ode lcm --k 20"),
+    "LCM + ME, k = 100": Variant("--ode lcm --k 100"),
+    "SPLAM, k = 20": Variant("--k 20 --gamma_conditioning embedding"),
+    "SPLAM + ME, k = 100": Variant("--k 100 --gamma_conditioning embedding"),
+    "SPLAM + ME, t', k = 100": Variant("--k 100"),
+    "SPLAM + ME, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4"),
+}
+PARTS = [2.0**-i for i in range(7)]  # of the training, after which students are measured
+
+
+def picture(found: Findings) -> Image.Image:
+    def panel(column: str, count: str, label: str) -> plots.Panel:
+        values = {name: found.of(name, column) for name in found.rows}
+        series = {name: (found.of(name, count)[0], v.mean(0), v.std(0)) for name, v in values.items()}
+        return plots.Panel(column, label, "", series, xscale="log")
+
+    error, _, distance, *_ = found.columns()
+    steps, evaluations = ("step", "training steps"), ("evaluations", "network evaluations, in batches")
+    return plots.curves(panel(error, *steps), panel(error, *evaluations), panel(distance, *evaluations))
+
+
+@program
+def main() -> None:
+    Laboratory(__file__, __doc__, budget=36000).report(VARIANTS, picture, at=PARTS)
+
+
+if __name__ == "__main__":
+    main()

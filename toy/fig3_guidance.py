@@ -1,0 +1,71 @@
+"""Figure 3: what the guidance scale w buys and costs: fidelity to the class, and diversity within it.
+
+Two labelled moons, so wide that they overlap. The target of distillation is known: where the guided PF-ODE ends.
+"""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data import program
+from kinds import Teacher
+from sample import sample
+from toy import plots
+from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
+
+SCALES = [0, 1, 2, 4, 8]
+METHODS = {
+    "LCM + ME": "--ode lcm",
+    "SPLAM + ME": "--gamma_conditioning embedding",
+    "SPLAM + ME, t'": "--gamma_conditioning time",
+}
+VARIANTS = {
+    f"{method}, w = {w}": Variant(f"{flags} --guidance_w {w}", teacher="--class_conditional")
+    for method, flags in METHODS.items()
+    for w in SCALES
+}
+
+
+def fidelity_and_diversity(bench: Bench, points: Tensor) -> tuple[float, float]:
+    """The mean probability of the class that was asked for; and the RMS distance to the mean of all samples of a class,
+    divided by that of the data."""
+    mixture, deviations = bench.teacher.mixture, []
+    for c in range(mixture.num_classes):
+        means = mixture.means[mixture.classes == c]
+        data = ((means - means.mean(0)).square().sum(1).mean() + 2 * mixture.std**2).sqrt()
+        ours = points[bench.labels == c]
+        deviations.append((ours - ours.mean(0)).square().sum(1).mean().sqrt() / data)
+    probability = mixture.class_probabilities(points).gather(1, bench.labels[:, None])
+    return probability.mean().item(), torch.stack(deviations).mean().item()
+
+
+def guided_quality(bench: Bench, student: Teacher) -> dict[str, float]:
+    """`quality`, and fidelity and diversity of one step, and of the guided PF-ODE."""
+    values = quality(bench, student)
+    for name, points in {"student": sample(student, bench.seeds, 1), "PF-ODE": bench.endpoint}.items():
+        values[f"fidelity, {name}"], values[f"diversity, {name}"] = fidelity_and_diversity(bench, points)
+    return values
+
+
+def picture(found: Findings) -> Image.Image:
+    def series(column: str) -> dict:
+        ends = {m: [found.last(f"{m}, w = {w}", column) for w in SCALES] for m in METHODS}
+        return {method: (SCALES, *zip(*values, strict=True)) for method, values in ends.items()}
+
+    panels = [plots.Panel("distance to where the guided PF-ODE ends", "w", "map error", series("map error"))]
+    for column, label in {"fidelity": "probability of the class", "diversity": "spread, relative to the data"}.items():
+        target = next(iter(series(f"{column}, PF-ODE").values()))
+        lines = series(f"{column}, student") | {"PF-ODE": target}
+        panels.append(plots.Panel(f"{column} of one step", "w", label, lines, yscale="linear"))
+    return plots.curves(*panels)
+
+
+@program
+def main() -> None:
+    Laboratory(__file__, __doc__, pretrained_teacher_model="ideal:clouds", budget=14000).report(
+        VARIANTS, picture, guided_quality
+    )
+
+
+if __name__ == "__main__":
+    main()
