@@ -17,10 +17,10 @@ from torch import Tensor
 import training
 from comparison import compare, machine, print_table
 from data import BadInput, program, read_prompts, writable_folder
-from kinds import KINDS, Teacher
+from kinds import Teacher
 from sample import sample
 from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
-from teacher import fit_or_load, save_pipeline
+from teacher import KINDS, fit_or_load, save_pipeline
 
 STEPS = [1, 2, 4]
 COMMON = {  # to both recipes of the paper; the batch of 1024 is 64 on each of 16 GPUs

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -28,9 +27,7 @@ from data import BadInput, Images, load_images, program, read_prompts, writable_
 from distill import Distillation, configure, forward_passes, parser
 from kinds import Teacher
 from teacher import load
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from toy import plots
 
 PROTOCOLS = {  # as the literature does it: --data is the folder of the whole validation set, --prompts the captions
     # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
@@ -67,6 +64,7 @@ def table() -> None:
     first, _ = p.parse_known_args()
     p.set_defaults(**PROTOCOLS.get(first.protocol, {}))
     args = p.parse_args()
+    training.check_positive(args, "num_samples", "batch_size", "resolution")
     if args.protocol and not args.prompts:
         raise BadInput(f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
@@ -167,12 +165,9 @@ def error() -> None:
                 squares = approximated_errors(model, x0, cond, noise, times, w)
             curves[model.name] += squares / count
     curves = {name: squares.sqrt().tolist() for name, squares in curves.items()}
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, values in curves.items():
-        axis.plot(times[:-1], values, label=name)
-    axis.set(xlabel="t", ylabel=f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})", yscale="log")
-    axis.legend(frameon=False)
-    figure.savefig(out, dpi=110)
+    label = f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})"
+    lines = {name: (times[:-1], values, None) for name, values in curves.items()}
+    plots.curves(plots.Panel("approximated error", "t", label, lines)).save(out)
     out.with_suffix(".json").write_text(json.dumps({"t": times[:-1], **curves}))
     width = max(map(len, curves))
     for name, values in {"t": times[:-1], **curves}.items():
@@ -228,7 +223,8 @@ def throughput() -> None:
     p.add_argument("--timed_steps", type=int, default=10)
     p.set_defaults(output_dir="runs/throughput")
     args, teacher = configure(p)
-    training.check_positive(args, "timed_steps")
+    if args.timed_steps < 2:
+        raise BadInput("--timed_steps must be 2 or more, for their deviation")
     args.max_train_steps = WARM_UP + 2 * args.timed_steps
     distillation = Distillation(args, teacher)
     run, watch, seconds = distillation.run, Stopwatch(), []
@@ -247,7 +243,8 @@ def throughput() -> None:
         begin = now()
         distillation.step(step, batches)
         seconds.append(now() - begin)
-    whole, split = (statistics.mean(seconds[-n * args.timed_steps :][: args.timed_steps]) for n in (2, 1))
+    timed, watched = seconds[WARM_UP:][: args.timed_steps], seconds[WARM_UP + args.timed_steps :]
+    whole, split = statistics.mean(timed), statistics.mean(watched)
     parts = {part: total / args.timed_steps for part, total in watch.seconds.items()}
     parts["data, EMA and others"] = split - sum(parts.values())
     passes = forward_passes(args)
@@ -256,7 +253,7 @@ def throughput() -> None:
     result = {
         "images/s": run.total_batch_size / whole,
         "seconds a step": whole,
-        "standard deviation": statistics.stdev(seconds[WARM_UP : WARM_UP + args.timed_steps]),
+        "standard deviation": statistics.stdev(timed),
         "parts": parts,
         "peak memory, GiB": peak_memory(),
         "forward passes": passes,

@@ -141,8 +141,7 @@ def main() -> None:
     p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     args = p.parse_args()
-    if not all(n is None or n > 0 for n in (args.num_images, args.batch_size)):
-        raise BadInput("--num_images and --batch_size must be positive")
+    training.check_positive(args, "num_images", "batch_size")
     out, plan, steps = Path(args.out), [], {"lcm": args.steps or [4]}
     writable_folder(out.parent if out.suffix == ".png" else out)
     for name in args.models:

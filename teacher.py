@@ -18,9 +18,15 @@ from torch.utils.data import Dataset
 
 import training
 from data import BadInput, program
-from kinds import KINDS, POINTS, ImageTeacher, PointTeacher, Teacher, distribution
+from kinds import ImageTeacher, StableDiffusion, Teacher
 from splam import distance, draw, ema_update
+from toy.points import POINTS, PointTeacher, distribution
 
+KINDS = {  # by the network that model_index.json names
+    ("diffusers", "UNet2DModel"): ImageTeacher,
+    ("diffusers", "UNet2DConditionModel"): StableDiffusion,
+    ("toy.mlp", "PointMLP"): PointTeacher,
+}
 TYPES = ["epsilon", "v_prediction", "sample"]
 BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 LORA_FILE = "pytorch_lora_weights.safetensors"

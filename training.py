@@ -111,9 +111,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Of those flags that are given."""
     for name in names:
-        if getattr(args, name) <= 0:
-            raise BadInput(f"--{name} must be positive, not {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise BadInput(f"--{name} must be positive, not {value}")
 
 
 def _adamw_8bit() -> type[torch.optim.Optimizer]:

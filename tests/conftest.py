@@ -1,6 +1,8 @@
 """What several rooms' tests share: a way to call the programs, small pipelines, and real images where they are."""
 
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -46,6 +48,31 @@ def call(monkeypatch, capsys):
         return status, out, err
 
     return run
+
+
+ROOT = Path(__file__).parents[1]
+DISTILL = "import distill; distill.main()"
+
+
+def python(*arguments) -> subprocess.CompletedProcess:
+    """Python in a process of its own, with as many threads as any other."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def killed_at(step: int) -> str:
+    """distill.py, killed in that step."""
+    return f"""import distill, os, signal, training
+log = training.Run.log
+def log_or_die(run, step, **values):
+    os.kill(os.getpid(), signal.SIGKILL) if step == {step} else log(run, step, **values)
+training.Run.log = log_or_die
+distill.main()"""
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def one_line(err: str) -> str:

@@ -54,12 +54,16 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
     assert "good" not in caplog.text
 
 
-@pytest.mark.parametrize("resolution", [None, 4])
-def test_an_image_of_another_size_is_refused_by_name(tmp_path, resolution):
+def test_images_of_several_sizes_need_a_resolution(tmp_path):
     write(tmp_path / "train/a/0.png")
     write(tmp_path / "train/a/1.png", size=(6, 4))
     with pytest.raises(BadInput, match=r"1\.png is 6x4 pixels, expected 4x4"):
-        load_images(tmp_path, resolution=resolution)
+        load_images(tmp_path)
+    assert load_images(tmp_path, resolution=4).samples.shape == (2, 3, 4, 4)
+    small = load_images(tmp_path, resolution=2).samples
+    with Image.open(tmp_path / "train/a/1.png") as image:
+        wanted = np.asarray(image.convert("RGB").crop((1, 0, 5, 4)).resize((2, 2), Image.Resampling.LANCZOS))
+    assert (small[1].permute(1, 2, 0).numpy() == wanted).all()
 
 
 def test_folders_without_usable_images_are_refused(tmp_path):

@@ -119,6 +119,7 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call):
     """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
     base = first_loss(call, points, tmp_path / "base")
     others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
+    others += ", num_ddim_timesteps 25, gamma_draws 3"
     for flag in others.split(", "):
         assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag
     assert first_loss(call, points, tmp_path / "bf16", "--mixed_precision", "bf16") == pytest.approx(base, rel=0.05)
@@ -133,14 +134,16 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", "toy:rings"], "toy:rings"),
         (["--pretrained_teacher_model", tmp_path / "empty"], "no pipeline folder"),
         (["--pretrained_teacher_model", points, "--k", 50], "--k 50 is no multiple of --solver_step 20"),
-        (["--pretrained_teacher_model", points, "--k", 2000], "--k be smaller"),
+        (["--pretrained_teacher_model", points, "--k", 2000], "--k must be smaller"),
+        (["--pretrained_teacher_model", points, "--num_ddim_timesteps", 30], "--num_ddim_timesteps must divide"),
+        (["--pretrained_teacher_model", points, "--gamma_draws", 2, "--ode", "lcm"], "--gamma_draws"),
         (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
         (["--pretrained_teacher_model", points, "--guidance_w", 1], "conditional teacher"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
         (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),
         (["--pretrained_teacher_model", image_teacher], "--data is missing"),
         (["--pretrained_teacher_model", image_teacher, "--data", tmp_path / "empty"], "no images"),
-        (["--pretrained_teacher_model", image_teacher, "--data", images], "32x32 pixels, expected 16x16"),
+        (["--pretrained_teacher_model", image_teacher, "--data", images, "--resolution", 32], "of 16 pixels, not 32"),
         (["--pretrained_teacher_model", two_classes, "--data", images], "3 classes, and"),
     ):
         status, _, err = call(distill.main, "--output_dir", tmp_path / "out", *flags)

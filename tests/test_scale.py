@@ -3,18 +3,16 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import webdataset
-from conftest import one_line
+from conftest import DISTILL, killed_at, losses, one_line, python
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_stable_diffusion import WORDS, flags, losses, pipeline
+from test_stable_diffusion import WORDS, flags, pipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import distill
@@ -22,7 +20,6 @@ import training
 from kinds import StableDiffusion
 from toy.tiny_sd import LENGTH, caption
 
-ROOT = Path(distill.__file__).parent
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -88,11 +85,6 @@ def shards(tmp_path) -> str:
             for i, member in enumerate(whole + broken * shard):
                 tar.write({"__key__": f"{shard}-{i}", **member})
     return f"{tmp_path}/{{0..1}}.tar"
-
-
-def python(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 def two_processes(folder: Path, *programs: tuple[dict, list]) -> None:
@@ -161,17 +153,11 @@ def test_the_first_version_of_fsdp_is_refused(teacher, pairs, tmp_path, call, mo
 
 def test_a_killed_run_repeats_what_it_would_have_done(teacher, pairs, tmp_path):
     runs = [flags(teacher, pairs, tmp_path / name, checkpointing_steps=2, lora_rank=2) for name in ("whole", "killed")]
-    program = "import distill; distill.main()"  # all in processes of their own, with equally many threads
-    assert python("-c", program, *runs[0]).returncode == 0
-    script = """import distill, os, signal, training
-log = training.Run.log
-def log_or_die(run, step, **values):
-    os.kill(os.getpid(), signal.SIGKILL) if step == 3 else log(run, step, **values)
-training.Run.log = log_or_die
-distill.main()"""
-    assert python("-c", script, *runs[1]).returncode == -9
+    # All in processes of their own, with equally many threads.
+    assert python("-c", DISTILL, *runs[0]).returncode == 0
+    assert python("-c", killed_at(3), *runs[1]).returncode == -9
     assert [path.name for path in training.checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
-    done = python("-c", program, *runs[1], "--resume_from_checkpoint", "latest")
+    done = python("-c", DISTILL, *runs[1], "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 

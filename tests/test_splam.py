@@ -529,17 +529,19 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away():
     assert huber(100.0) == pytest.approx(100, rel=1e-4)
 
 
-@given(st.integers(50, 1000), st.integers(1, 50), seeds)
-def test_draws_are_on_the_solver_grid_and_repeatable(n, solver_step, seed):
-    t, gamma, noise = splam.draw((64, 2), n, solver_step, seeded(seed))
-    assert set(t.tolist()) <= set(range(n - 1, -1, -solver_step))
-    assert (gamma >= 0).all() and (gamma < 1).all() and gamma.shape == (64,) and noise.shape == (64, 2)
-    for again, first in zip(splam.draw((64, 2), n, solver_step, seeded(seed)), (t, gamma, noise), strict=True):
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(1, 3), seeds)
+def test_draws_are_on_the_grid_and_repeatable(step, starts, gamma_draws, seed):
+    draws = splam.draw((64, 2), step * starts, starts, seeded(seed), gamma_draws)
+    assert set(draws.t.tolist()) <= set(range(step - 1, step * starts, step))
+    assert (draws.gamma >= 0).all() and (draws.gamma < 1).all()
+    assert draws.gamma.shape == (64, gamma_draws) and draws.noise.shape == (64, 2)
+    assert len(draws.gamma.unique()) == 64 * gamma_draws
+    for again, first in zip(splam.draw((64, 2), step * starts, starts, seeded(seed), gamma_draws), draws, strict=True):
         assert torch.equal(again, first)
 
 
 def test_training_and_sampling_share_their_grid():
-    t, gamma, _ = splam.draw((5000, 1), 1000, 20, seeded(0))
+    t, gamma, _ = splam.draw((5000, 1), 1000, 50, seeded(0))
     assert set(t.tolist()) == set(splam.few_step_times(50, 1000, 50)) == set(range(19, 1000, 20))
     assert abs(gamma.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 5000)
 
@@ -548,7 +550,7 @@ def algorithm_1(conditioning="embedding"):
     """(student, target, teacher network, its denoiser, x_0, draws): all networks different, all with gradients."""
     teacher = network()
     student, target = student_of(network(1), conditioning), student_of(network(2), conditioning)
-    draws = splam.draw((64, 2), 1000, 20, seeded(0))
+    draws = splam.draw((64, 2), 1000, 50, seeded(0))
 
     def denoise(x, t):
         return splam.to_x0_eps(teacher(x, t).sample, x, *SD.at(t, x.ndim), "epsilon")
@@ -587,22 +589,45 @@ def test_loss_is_eq_17_and_for_lcm_eq_7(ode):
         prediction = student(x_t, t)
     else:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = SD.at(t, 2), SD.at(s, 2)
-        drift, g = (alpha_t / alpha_s if ode == "sl" else 1), gamma[:, None]
+        drift, g = (alpha_t / alpha_s if ode == "sl" else 1), gamma
         lines = ((drift * at_s, at_t) for at_s, at_t in ((x_s, x_t), (alpha_s, alpha_t), (sigma_s, sigma_t)))
         point = SubPathPoint(*((1 - g) * end + g * start for end, start in lines))
-        prediction = student(point.x, t, gamma, point)
+        prediction = student(point.x, t, gamma[:, 0], point)
     torch.testing.assert_close(loss, (prediction - target(x_s, s)).square().mean(), rtol=1e-4, atol=0)
 
 
 def test_gamma_1_is_lcm_for_both_odes_to_the_bit():
     """Section 4: LCM is SPLAM at γ ≡ 1. With γ < 1 the three losses differ."""
     draws = algorithm_1()[-1]
-    at_1 = draws._replace(gamma=torch.ones(64))
+    at_1 = draws._replace(gamma=torch.ones(64, 1))
     lcm, (gradients, *_) = loss_and_gradients("lcm")
     for ode in ODES:
         loss, (same, *_) = loss_and_gradients(ode, at_1)
         assert torch.equal(loss, lcm) and all(map(torch.equal, same, gradients))
     assert len({loss_and_gradients(ode)[0].item() for ode in ("lcm", "sl", "dl")}) == 3
+
+
+@each_conditioning
+@each_ode
+def test_several_gammas_share_one_solved_sub_path(ode, conditioning):
+    """Their loss and gradient are the mean of each alone, and the teacher is asked no more often than for one."""
+    draws, calls = algorithm_1()[-1], 0
+    both = draws._replace(gamma=torch.rand(64, 2, generator=seeded(3)))
+    loss, (together, *_) = loss_and_gradients(ode, both, conditioning)
+    alone = [loss_and_gradients(ode, draws._replace(gamma=g[:, None]), conditioning) for g in both.gamma.T]
+    assert alone[0][0] != alone[1][0]
+    torch.testing.assert_close(loss, (alone[0][0] + alone[1][0]) / 2)
+    for whole, *parts in zip(together, *(gradients for _, (gradients, *_) in alone), strict=True):
+        torch.testing.assert_close(whole, sum(parts) / 2, rtol=1e-3, atol=1e-6)
+
+    def counting(x, t):
+        nonlocal calls
+        calls += 1
+        return x, x
+
+    student, target, _, _, x0, _ = algorithm_1(conditioning)
+    splad_loss(student, target, counting, SD, x0, {}, both, k=100, solver_step=20, ode=ode)
+    assert calls == 5
 
 
 def knows(eps, seen=None):
@@ -619,7 +644,7 @@ def knows(eps, seen=None):
 
 def loss_knowing_eps(ode, sigma, seen=None):
     """Teacher, student and target all know x_0 and ε."""
-    draws, x0 = splam.draw((64, 2), 1000, 20, seeded(0)), torch.randn(64, 2, generator=seeded(1))
+    draws, x0 = splam.draw((64, 2), 1000, 50, seeded(0)), torch.randn(64, 2, generator=seeded(1))
     perfect, options = knows(draws.noise, seen), dict(k=100, solver_step=20, ode=ode, sigma=sigma)
     return splad_loss(perfect, perfect, lambda x, t: (x0, draws.noise), SD, x0, {"label": 0}, draws, **options)
 

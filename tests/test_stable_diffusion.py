@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import losses, one_line
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
 from diffusers import UNet2DConditionModel as UNet
 from PIL import Image
@@ -83,10 +83,6 @@ def flags(folder: str, captions, out, **more) -> list:
     common = {"max_train_steps": 3, "train_batch_size": 4, "lr_warmup_steps": 0, "learning_rate": 1e-3, "seed": 3}
     common |= {"pretrained_teacher_model": folder, "data": captions, "output_dir": out, "mixed_precision": "no"}
     return [f"--{flag}={value}" for flag, value in (common | more).items()]
-
-
-def losses(out) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -7,11 +7,12 @@ import torch
 from conftest import one_line, save, unet
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+import sample
 import teacher
 from data import BadInput
 from splam import ConsistencyFunction, boundary
-from teacher import ImageTeacher, PointTeacher, fit_or_load, load
-from toy import PointMLP
+from teacher import ImageTeacher, PointTeacher, fit_or_load, load, save_pipeline
+from toy import DISTRIBUTIONS, PointMLP
 
 TYPES = ["epsilon", "v_prediction", "sample"]
 
@@ -80,6 +81,31 @@ def test_a_student_starts_as_the_teacher(tmp_path, prediction_type, conditioning
     assert all(torch.equal(a, b) for a, b in zip(again.network.parameters(), model.network.parameters(), strict=True))
 
 
+def test_an_ideal_teacher_answers_by_its_distribution_and_its_students_by_their_network(tmp_path):
+    torch.manual_seed(0)
+    network = PointMLP(width=16, num_class_embeds=3, distribution="clouds", ideal=True)
+    teacher = load(str(save(tmp_path / "t", network, clip_sample=False)))
+    x, t, label = torch.randn(8, 2), torch.full((8,), 500), torch.arange(8) % 3
+    cond = teacher.condition(label)
+    alpha, sigma = teacher.schedule.at(t, 2)
+    x0, eps = teacher.predict(x, t, cond, 2.0)
+    torch.testing.assert_close(eps, DISTRIBUTIONS["clouds"].eps(x, alpha, sigma, label, 2.0))
+    torch.testing.assert_close(alpha * x0 + sigma * eps, x)
+    save_pipeline(teacher.student(teacher.network.state_dict(), 50).pipeline, tmp_path / "s")
+    student = load(str(tmp_path / "s"))
+    _, eps = student.predict(x, t, cond)
+    torch.testing.assert_close(eps, network(x, t, label).sample)
+
+
+@pytest.mark.parametrize("ideal", [True, False])
+def test_the_endpoint_is_where_the_teachers_own_sampler_arrives(tmp_path, ideal):
+    torch.manual_seed(0)
+    teacher = load(str(save(tmp_path, PointMLP(width=16, ideal=ideal), clip_sample=False)))
+    noise = sample.SeededNoise((2,), range(32), torch.device("cpu"))()
+    by_sampler = sample.sample(teacher, range(32), 1000, "ddim")
+    assert (teacher.endpoint(noise, {}) - by_sampler).norm(dim=1).mean() < 0.01
+
+
 def test_the_kind_is_read_from_the_folder(tmp_path):
     assert isinstance(load(str(save(tmp_path / "a", unet()))), ImageTeacher)
     assert isinstance(load(str(save(tmp_path / "b", PointMLP(width=8)))), PointTeacher)
@@ -131,14 +157,25 @@ def test_training_with_labels_trains_the_label_of_no_class(images, tmp_path, cal
     assert len(moments) == 1 and (moments[0].abs().sum(1) > 0).all()
 
 
-def test_bad_flags_end_in_one_line_and_status_2(tmp_path, call):
+def test_images_are_brought_to_the_resolution_and_the_network_to_its_channels(images, tmp_path, call):
+    flags = ["--data", images, "--output_dir", tmp_path, "--resolution", 8, "--block_out_channels", 8, 16]
+    status, _, err = call(teacher.main, *flags, "--max_train_steps", 1, "--train_batch_size", 4)
+    assert status == 0, err
+    config = load(str(tmp_path)).network.config
+    assert config.sample_size == 8 and list(config.block_out_channels) == [8, 16]
+
+
+def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     (tmp_path / "file").touch()
     for flags, word in (
         (["--data", tmp_path / "none", "--output_dir", tmp_path / "o"], "no such folder"),
         (["--data", "toy:rings", "--output_dir", tmp_path / "o"], "toy:rings"),
         (["--data", "toy:moons", "--output_dir", tmp_path / "file"], "cannot write"),
         (["--data", "toy:moons", "--output_dir", tmp_path / "o", "--max_train_steps", 0], "max_train_steps"),
-        (["--data", "toy:moons", "--output_dir", tmp_path / "o", "--class_conditional"], "class_conditional"),
+        (["--data", "toy:spiral", "--output_dir", tmp_path / "o", "--class_conditional"], "has no classes"),
+        (["--data", "toy:moons", "--output_dir", tmp_path / "o", "--resolution", 8], "--resolution"),
+        (["--data", images, "--output_dir", tmp_path / "o", "--block_out_channels", 8, 12], "--block_out_channels"),
+        (["--data", images, "--output_dir", tmp_path / "o", "--resolution", 10], "--block_out_channels"),
     ):
         status, _, err = call(teacher.main, *flags)
         assert status == 2 and word in one_line(err)

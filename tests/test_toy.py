@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
@@ -83,6 +84,53 @@ def test_eps_is_the_mean_of_the_noise_given_x(name, alpha):
     left = noise - mixture.eps(x, alpha, sigma)
     for function in (torch.ones_like(x), x, torch.sin(5 * x), torch.sign(x)):
         within_5_standard_errors(left * function, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if DISTRIBUTIONS[name].num_classes])
+def test_a_label_leaves_the_components_of_its_class(name):
+    """ε of the mixture of these components alone; guidance as Eq. 18 has it; "no class" is the whole mixture."""
+    mixture, (alpha, sigma) = DISTRIBUTIONS[name], schedule_at(0.8)
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = mixture.eps(x, alpha, sigma)
+    for c in range(mixture.num_classes):
+        label = torch.full((6,), c)
+        part = GaussianMixture(mixture.means[mixture.classes == c], mixture.std).eps(x, alpha, sigma)
+        assert not torch.allclose(part, whole, atol=1e-3)
+        torch.testing.assert_close(mixture.eps(x, alpha, sigma, label), part)
+        torch.testing.assert_close(mixture.eps(x, alpha, sigma, label, w=3.0), part + 3 * (part - whole))
+    torch.testing.assert_close(mixture.eps(x, alpha, sigma, torch.full((6,), mixture.num_classes)), whole)
+
+
+def test_class_probabilities_are_bayes():
+    mixture, x = DISTRIBUTIONS["clouds"], torch.randn(50, 2, dtype=torch.float64)
+    density = np.stack(
+        [np.exp(norm(mixture.means[mixture.classes == c], 0.25).logpdf(x[:, None]).sum(2)).sum(1) for c in (0, 1)], 1
+    )
+    np.testing.assert_allclose(mixture.class_probabilities(x), density / density.sum(1, keepdims=True), rtol=1e-5)
+    assert mixture.class_probabilities(mixture.means[mixture.classes == 1])[:, 1].min() > 0.5
+
+
+@pytest.mark.parametrize("label, w", [(None, 0.0), (1, 0.0), (1, 2.0)])
+def test_the_endpoint_is_where_many_ddim_steps_arrive(label, w):
+    """diffusers' DDIM in 1000 steps."""
+    mixture = DISTRIBUTIONS["clouds"]
+    ddim = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
+    ddim.set_timesteps(1000)
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    label = None if label is None else torch.full((200,), label)
+    x, alpha, sigma = noise, ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
+    for t in ddim.timesteps:
+        x = ddim.step(mixture.eps(x, alpha[t].view(1, 1), sigma[t].view(1, 1), label, w), t, x).prev_sample
+    end = mixture.endpoint(noise, alpha[-1].view(1, 1), sigma[-1].view(1, 1), label, w)
+    assert (x - end).norm(dim=1).max() < 0.05 and (x - end).norm(dim=1).mean() < 0.01
+
+
+def test_the_endpoint_of_one_gaussian_is_a_scaling():
+    """The PF-ODE of N(m, s²) moves z = x / α along (z - m) / sqrt(s² + λ²) = constant."""
+    mixture, (alpha, sigma) = GaussianMixture(torch.tensor([[2.0, -1.0]]), 0.5), schedule_at(0.1)
+    x, mean = torch.randn(20, 2, dtype=torch.float64), torch.tensor([2.0, -1.0], dtype=torch.float64)
+    expected = mean + (x / alpha - mean) * 0.5 / math.hypot(0.5, sigma / alpha)
+    torch.testing.assert_close(mixture.endpoint(x, alpha, sigma), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_component_has_a_linear_eps():

@@ -1,21 +1,16 @@
 """Long runs: resumed after a kill, on several processes, in several micro-batches - always the same run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line, save
+from conftest import ROOT, killed_at, losses, one_line, python, save
 from safetensors.torch import load_file
 
 import distill
 import training
 from toy import PointMLP
-
-ROOT = Path(distill.__file__).parent
 
 
 @pytest.fixture
@@ -25,18 +20,6 @@ def flags(tmp_path):
     folder = save(tmp_path / "teacher", PointMLP(width=16, depth=1), clip_sample=False)
     return f"""--pretrained_teacher_model {folder} --max_train_steps 6 --train_batch_size 8 --lr_warmup_steps 2
         --checkpointing_steps 2 --num_eval_samples 0 --ema_decay 0.5 --gamma_conditioning embedding""".split()
-
-
-def program(*flags, launch=(), script="import distill; distill.main()"):
-    """distill.py in a process of its own, or in several."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        *launch,
-        *(["-c", script] if not launch else [str(ROOT / "distill.py")]),
-        *map(str, flags),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def student(folder: Path) -> dict[str, torch.Tensor]:
@@ -54,23 +37,13 @@ def everything(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": w for part, weights in parts.items() for name, w in weights.items()}
 
 
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_resumed_after_a_kill_is_bit_identical(flags, tmp_path, call):
     assert call(distill.main, *flags, "--output_dir", tmp_path / "whole")[0] == 0
-    script = """import distill, os, signal, training
-log = training.Run.log
-def log_or_die(run, step, **values):
-    os.kill(os.getpid(), signal.SIGKILL) if step == 5 else log(run, step, **values)
-training.Run.log = log_or_die
-distill.main()"""
-    assert program(*flags, "--output_dir", tmp_path / "killed", script=script).returncode == -9
+    assert python("-c", killed_at(5), *flags, "--output_dir", tmp_path / "killed").returncode == -9
     assert [path.name for path in training.checkpoints(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-4"]
     status, _, err = call(
         distill.main, *flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest"
@@ -91,7 +64,7 @@ def save_file(weights, path):
         os.kill(os.getpid(), signal.SIGKILL)
 training.save_file = save_file
 distill.main()"""
-    assert program(*flags, "--output_dir", out, script=script).returncode == -9
+    assert python("-c", script, *flags, "--output_dir", out).returncode == -9
     assert (out / "checkpoint-4.tmp").is_dir() and [p.name for p in training.checkpoints(out)] == ["checkpoint-2"]
     assert call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")[0] == 0
     assert [path.name for path in training.checkpoints(out)] == [
@@ -114,7 +87,7 @@ def test_micro_batches_and_processes_only_divide_the_work(flags, tmp_path, call)
     half = [*flags, "--train_batch_size", 4]
     assert call(distill.main, *half, "--output_dir", tmp_path / "micro", "--gradient_accumulation_steps", 2)[0] == 0
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = program(*half, "--output_dir", tmp_path / "two", launch=launch)
+    done = python(*launch, ROOT / "distill.py", *half, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     start, one = load_file(tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors"), student(tmp_path / "one")
     for name in ("micro", "two"):

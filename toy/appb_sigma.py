@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from data import program
-from kinds import PointTeacher
 from splam import Denoiser, Schedule, SubPathPoint, multiple_estimation, sub_path_point
 from toy import plots
 from toy.laboratory import Bench, Findings, Laboratory, Variant
+from toy.points import PointTeacher
 
 
 @torch.no_grad()

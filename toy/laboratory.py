@@ -27,10 +27,11 @@ import distill
 import training
 from comparison import print_rows, results, spread, update
 from data import BadInput, writable_folder
-from kinds import POINTS, Teacher
+from kinds import Teacher
 from metrics import Measure
 from sample import SeededNoise, sample
 from teacher import fit, load, parse
+from toy.points import POINTS
 
 STEPS = [1, 2, 4]
 WORK = Path("runs/laboratory")  # teachers that are fitted here, and what an interrupted script has already measured
@@ -108,13 +109,18 @@ class Job(NamedTuple):
     @property
     def teacher_changes(self) -> dict[str, object]:
         """Those of networks and data, which are the teacher's as well."""
-        return {name: replacement for name, replacement in self.changes.items() if name.startswith("kinds.")}
+        return {name: replacement for name, replacement in self.changes.items() if name.startswith("toy.points.")}
+
+
+def silent(*arguments, **options) -> tqdm:
+    """No bar: one for all students is enough."""
+    return tqdm(*arguments, **{**options, "disable": True})
 
 
 @contextlib.contextmanager
 def changed(changes: dict[str, object]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for name, replacement in changes.items():
+        for name, replacement in {"training.tqdm": silent, **changes}.items():
             stack.enter_context(patch(name, replacement))
         yield
 
@@ -172,7 +178,7 @@ def each(function: Callable, jobs: list[Job], processes: int) -> Iterator[tuple[
     if processes == 1:
         yield from ((job, function(job)) for job in jobs)
         return
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar, over all students, is enough
+    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
@@ -235,9 +241,8 @@ class Laboratory:
         if args.quick:
             args.seeds, args.budget, args.num_samples, args.processes = 2, 50, 64, 1
             self.flags += ["--train_batch_size", "16", "--lr_warmup_steps", "0"]
-        training.check_positive(args, "seeds", "budget", "num_samples")
+        training.check_positive(args, "seeds", "budget", "num_samples", "processes")
         args.processes = args.processes or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
-        training.check_positive(args, "processes")
         args.out = args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}"
         writable_folder(Path(args.out).parent)
         writable_folder(WORK)
@@ -275,15 +280,17 @@ class Laboratory:
         names = [name for name in variants if name in (self.args.only or variants)]
         jobs = [self._job(name, variants[name], seed, measure, at) for name in names for seed in range(self.args.seeds)]
         teachers = {digest(job.teacher, job.teacher_changes): job for job in jobs if job.teacher}
-        for _ in tqdm(each(fit_teacher, list(teachers.values()), self.args.processes), "teachers", len(teachers)):
-            pass
+        with tqdm(total=len(teachers), desc="teachers", leave=False) as bar:
+            for _ in each(fit_teacher, list(teachers.values()), self.args.processes):
+                bar.update()
         records = {WORK / f"{digest(job)}.json": job for job in jobs}
         missing = [job for path, job in records.items() if not path.is_file()]
-        done = tqdm(each(distil, missing, self.args.processes), "students", len(jobs), initial=len(jobs) - len(missing))
-        for job, rows in done:
-            draft = WORK / f"{digest(job)}.tmp"
-            draft.write_text(json.dumps(rows))
-            draft.rename(draft.with_suffix(".json"))
+        with tqdm(total=len(jobs), desc="students", initial=len(jobs) - len(missing), leave=False) as bar:
+            for job, rows in each(distil, missing, self.args.processes):
+                draft = WORK / f"{digest(job)}.tmp"
+                draft.write_text(json.dumps(rows))
+                draft.rename(draft.with_suffix(".json"))
+                bar.update()
         rows = {name: [] for name in names}
         for path, job in records.items():
             rows[job.variant] += json.loads(path.read_text())

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
-import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,7 +75,7 @@ def curves(*panels: Panel) -> Image.Image:
             style = {"color": f"C{i % 10}", "marker": "." if len(x) < 20 else None, "ls": "--" if i > 9 else "-"}
             axis.plot(x, mean, label=name, **style)
             if deviation is not None:
-                low, high = (torch.tensor(mean) + sign * torch.tensor(deviation) for sign in (-1, 1))
+                low, high = zip(*((m - d, m + d) for m, d in zip(mean, deviation, strict=True)), strict=True)
                 axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
         axis.legend(frameon=False, fontsize=7)

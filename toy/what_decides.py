@@ -12,11 +12,11 @@ from torch import Tensor
 
 import splam
 from data import program
-from kinds import Points
 from splam import Draws
 from toy import plots
 from toy.laboratory import Findings, Laboratory, Variant
 from toy.mlp import PointMLP
+from toy.points import Points
 
 LCM, SPLAM, TIME = "--ode lcm", "--gamma_conditioning embedding", "--gamma_conditioning time"
 METHODS = {"LCM": LCM, "SPLAM": SPLAM, "SPLAM, t'": TIME}
@@ -63,11 +63,11 @@ GAMMA, PAPER = ("SPLAM", "SPLAM, t'"), ("SPLAM",)
 VARIANTS = {
     **setting("as it is"),
     **setting("10 starts", flags="--num_ddim_timesteps 10"),
-    **setting("32 units", changes={"kinds.PointMLP": functools.partial(PointMLP, width=32)}),
+    **setting("32 units", changes={"toy.points.PointMLP": functools.partial(PointMLP, width=32)}),
     **setting("spiral", flags="--pretrained_teacher_model ideal:spiral"),
     **setting("trained teacher", flags="--pretrained_teacher_model toy:8gaussians"),
     **setting("poor teacher", flags="--pretrained_teacher_model toy:8gaussians", teacher="--max_train_steps 300"),
-    **setting("256 points of data", changes={"kinds.Points": FewPoints}),
+    **setting("256 points of data", changes={"toy.points.Points": FewPoints}),
     **setting("EMA 0", flags="--ema_decay 0"),
     **setting("EMA 0.99", flags="--ema_decay 0.99"),
     **setting("l2", flags="--metric l2"),

@@ -1,0 +1,140 @@
+"""The paper's figures and tables as scripts: what they record, at what cost, and that they can be repeated."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from conftest import one_line, save, unet
+from PIL import Image
+
+import distill
+import toy.laboratory
+from toy import appb_sigma, fig2b_convergence, fig2c_error, tab3_sl_vs_dl, what_decides
+from toy.laboratory import STEPS
+
+SCRIPTS = "fig2a_skip_size fig2b_convergence fig2c_error fig3_guidance tab3_sl_vs_dl appb_sigma what_decides".split()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def quick(call, script, *flags) -> dict:
+    status, out, err = call(script.main, "--quick", *flags)
+    assert status == 0, err
+    name = out.split()[-1]
+    with Image.open(name.replace(".json", ".png")) as picture:
+        assert min(picture.size) > 100
+    return json.loads(open(name).read())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_records_all_it_compares_and_its_flags(name, call):
+    script = importlib.import_module(f"toy.{name}")
+    record = quick(call, script)
+    assert list(record["rows"]) == list(script.VARIANTS) == list(record["students"]) == list(record["summary"])
+    for variant, rows in record["rows"].items():
+        assert {row["seed"] for row in rows} == {0, 1} and {row["variant"] for row in rows} == {variant}
+        for row in rows:
+            assert all(f"{measure}, {n} step{'s' * (n > 1)}" in row for measure in ("W2", "MMD") for n in STEPS)
+            assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+            assert 0 < row["map error"] < row["map error, 95 %"] < 10
+        last = [[row["map error"] for row in rows if row["seed"] == seed][-1] for seed in (0, 1)]
+        assert last[0] != last[1]
+        mean, deviation = record["summary"][variant]["map error"]
+        assert mean == pytest.approx(sum(last) / 2)
+        assert deviation == pytest.approx(abs(last[0] - last[1]) / math.sqrt(2), rel=1e-4)
+        args = distill.parser().parse_args([*record["all students"].split(), *record["students"][variant].split()])
+        cost = distill.forward_passes(args)  # so all cost the same, up to a step
+        assert rows[-1]["evaluations"] == cost * rows[-1]["step"]
+        assert 50 - cost < rows[-1]["evaluations"] <= 50
+    assert record["references"].keys() == {"held-out data", "teacher, PF-ODE"}
+
+
+def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):
+    only = ["--only", "LCM, k = 100", "SL, t', k = 100"]
+    record, done = quick(call, tab3_sl_vs_dl, *only), []
+
+    def interrupted(job):
+        done.append(job)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return distil(job)
+
+    distil = toy.laboratory.distil
+    monkeypatch.setattr(toy.laboratory, "distil", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(tab3_sl_vs_dl.main, "--quick", *only)
+    again = quick(call, tab3_sl_vs_dl, *only)
+    assert len(done) == 3 + 2  # two were kept, the third begins anew
+    assert again["rows"] == record["rows"] and again["references"] == record["references"]
+    quick(call, tab3_sl_vs_dl, *only)  # nothing is kept from what was finished
+    assert len(done) == 3 + 2 + 4
+
+
+def test_what_is_said_to_be_changed_is_changed(call):
+    rows = quick(call, what_decides)["rows"]
+    error = {name: rows[name][0]["map error"] for name in rows}
+    for name, value in error.items():
+        method, change = name.split(": ")
+        assert change == "as it is" or value != error[f"{method}: as it is"], name
+    gamma = what_decides.half_at_one((1000, 2), 1000, 50, torch.Generator()).gamma
+    assert 0.45 < (gamma == 1).float().mean() < 0.55 and 0.2 < gamma[gamma < 1].mean() / 2 < 0.3
+    assert what_decides.late_gamma((1000, 2), 1000, 50, torch.Generator()).gamma.min() > 0.5
+    one = torch.ones(3)
+    assert not what_decides.sharp_embedding(one).any() and not what_decides.large_embedding(one).any()
+
+
+def test_curves_are_taken_along_one_training(call):
+    """The last point of a curve is what a shorter road to it gives: the same student, measured once."""
+    name = "LCM, k = 20"
+    curve = quick(call, fig2b_convergence, "--only", name)["rows"][name]
+    assert [row["step"] for row in curve if row["seed"] == 0] == [1, 2, 5, 10]
+    short = quick(call, tab3_sl_vs_dl, "--only", name, "--max_train_steps", 5)["rows"][name]
+    assert short[0]["map error"] == [row for row in curve if row["step"] == 5][0]["map error"]
+
+
+def test_images_take_the_same_road(images, means, call, tmp_path):
+    teacher = save(tmp_path / "teacher", unet(size=8))
+    flags = ["--pretrained_teacher_model", teacher, "--data", images, "--features", means, "--mixed_precision", "no"]
+    rows = quick(call, fig2c_error, *flags, "--only", "LCM, k = 20")["rows"]["LCM, k = 20"]
+    assert {"FD, 1 step", "FD, 4 steps", "map error", "neighbours", "end"} <= set(rows[0])
+    assert len(rows) == 2 and rows[0]["FD, 1 step"] > 0
+
+
+def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(call):
+    """Appendix B, in the ideal map's own words: with a Markov chain neither is."""
+    laboratory = toy.laboratory
+    laboratory.WORK.mkdir(parents=True)
+    job = laboratory.Job("", [*DISTIL], ["--data", "ideal:8gaussians", "--max_train_steps", "1"], {}, [], None, 256, "")
+    bench = laboratory.prepare(job)[2]
+
+    def left(coupling, sigma, solver_step=20):
+        return max(appb_sigma.inconsistency(bench, coupling, sigma, 599, 100, solver_step))
+
+    assert left("DDIM", "approx") < 0.1 * left("DDIM", "exact")
+    assert left("DDIM", "approx") < 0.5 * left("DDIM", "approx", 100)
+    assert left("Markov", "approx") > 0.3 and left("Markov", "exact") > 0.3
+
+
+DISTIL = ["--output_dir", "runs/laboratory", "--pretrained_teacher_model", "ideal:8gaussians"]
+
+
+def test_bad_flags_end_in_one_line_and_status_2(call):
+    for flags, words in (
+        (["--only", "LCM"], "LCM is none of LCM, k = 20"),
+        (["--seeds", 0], "--seeds must be positive"),
+        (["--pretrained_teacher_model", "ideal:rings"], "ideal:rings"),
+        (["--pretrained_teacher_model", "missing"], "missing"),
+        (["--k", "100", "--solver_step", "30"], "no multiple"),
+    ):
+        status, _, err = call(tab3_sl_vs_dl.main, "--processes", 1, *flags)
+        assert status == 2 and words in one_line(err), err
+    status, _, err = call(tab3_sl_vs_dl.main, "--kk", 20)
+    assert status == 2 and "--kk" in err
