@@ -45,8 +45,15 @@ def test_the_error_program_draws_a_curve_for_each_model(tmp_path, images, call):
         assert status == 2 and words in one_line(err)
 
 
-@pytest.mark.parametrize("flags, w", [(["--k", 40], 0), (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2)])
-def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w):
+@pytest.mark.parametrize(
+    "flags, w, draws",
+    [
+        (["--k", 40], 0, 1),
+        (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2, 1),
+        (["--k", 40, "--gamma_draws", 3], 0, 3),
+    ],
+)
+def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w, draws):
     teacher = save(tmp_path / "teacher", unet(classes=3, size=32))
     rows, batch, timed = [], 4, 2
 
@@ -61,8 +68,8 @@ def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, 
     assert status == 0, err
     result = json.loads((tmp_path / "out/throughput.json").read_text())
     in_training = sum(rows[:-4]) / batch / (evaluate.WARM_UP + 2 * timed)  # the last four time a bare pass
-    assert result["forward passes"] == in_training + 2  # a backward pass costs two forward ones
-    assert in_training == flags[1] // 20 * (2 if w else 1) + 2
+    assert result["forward passes"] == in_training + 2 * draws  # a backward pass costs two forward ones
+    assert in_training == flags[1] // 20 * (2 if w else 1) + 1 + draws
     assert result["images/s"] == pytest.approx(batch / result["seconds a step"])
     assert {"teacher", "target", "student", "optimizer", "VAE and text"} < set(result["parts"])
     assert min(result["parts"].values()) > 0 and "images/s" in out and "ratio" in out
@@ -89,6 +96,10 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     assert status == 2 and "junk.pt2" in one_line(err)
     status, _, err = call(evaluate.main, "features", "--data", tmp_path, "--out", tmp_path / "f.pt2")
     assert status == 2 and "no images" in one_line(err)
+    status, _, err = call(evaluate.main, t, *flags[:-1], 0)
+    assert status == 2 and "--num_samples must be positive" in one_line(err)
+    status, _, err = call(evaluate.main, "throughput", *flags[:4], "--timed_steps", 1)
+    assert status == 2 and "--timed_steps" in one_line(err)
     status, _, err = call(evaluate.main, t, *flags, "--protocol", "coco2014-30k")
     assert status == 2 and "--prompts" in one_line(err)
     status, _, err = call(evaluate.main, t, *flags, "--clip_model", "ViT-B-32/openai")

@@ -291,6 +291,7 @@ def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, cal
     for more, words in (
         ({"data": f"{tmp_path}/{{0..3}}.tar"}, "no such shard"),
         ({"resolution": 15}, "--resolution 15"),
+        ({"data": "0.tar", "num_eval_samples": 4}, "0.tar is no folder of images to measure against: --data"),
     ):
         status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / "out", **more))
         assert status == 2 and words in one_line(err), err
