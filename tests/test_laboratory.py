@@ -103,7 +103,10 @@ def test_curves_are_taken_along_one_training(call):
 def test_images_take_the_same_road(images, means, call, tmp_path):
     teacher = save(tmp_path / "teacher", unet(size=8))
     flags = ["--pretrained_teacher_model", teacher, "--data", images, "--features", means, "--mixed_precision", "no"]
-    rows = quick(call, fig2c_error, *flags, "--only", "LCM, k = 20")["rows"]["LCM, k = 20"]
+    more = ["--only", "LCM, k = 20", "--save_samples", "--out", "there"]
+    rows = quick(call, fig2c_error, *flags, *more)["rows"]["LCM, k = 20"]
+    with Image.open("there-samples.png") as picture:  # two rows of eight images
+        assert picture.size[1] > 2 * (picture.size[0] - 20) / 8
     assert {"FD, 1 step", "FD, 4 steps", "map error", "neighbours", "end"} <= set(rows[0])
     assert len(rows) == 2 and rows[0]["FD, 1 step"] > 0
 
@@ -112,7 +115,9 @@ def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(call):
     """Appendix B, in the ideal map's own words: with a Markov chain neither is."""
     laboratory = toy.laboratory
     laboratory.WORK.mkdir(parents=True)
-    job = laboratory.Job("", [*DISTIL], ["--data", "ideal:8gaussians", "--max_train_steps", "1"], {}, [], None, 256, "")
+    flags = ["--output_dir", "runs/laboratory", "--pretrained_teacher_model", "ideal:8gaussians"]
+    teacher = ["--data", "ideal:8gaussians", "--max_train_steps", "1"]
+    job = laboratory.Job("", flags, teacher, {}, [], None, 256, "", False)
     bench = laboratory.prepare(job)[2]
 
     def left(coupling, sigma, solver_step=20):
@@ -121,9 +126,6 @@ def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(call):
     assert left("DDIM", "approx") < 0.1 * left("DDIM", "exact")
     assert left("DDIM", "approx") < 0.5 * left("DDIM", "approx", 100)
     assert left("Markov", "approx") > 0.3 and left("Markov", "exact") > 0.3
-
-
-DISTIL = ["--output_dir", "runs/laboratory", "--pretrained_teacher_model", "ideal:8gaussians"]
 
 
 def test_bad_flags_end_in_one_line_and_status_2(call):

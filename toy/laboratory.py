@@ -68,6 +68,10 @@ class Bench:
             cond = self.teacher.condition(label.to(self.device))
             return self.teacher.decode(self.teacher.endpoint(noise.to(self.device), cond, self.w)).cpu()
 
+    def sample(self, student: Teacher, steps: int, count: int | None = None) -> Tensor:
+        """From the bench's noises, or the first of them."""
+        return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision)
+
     def distances(self, samples: Tensor) -> dict[str, float]:
         """To the data."""
         update(self.measures, self.teacher.measured(samples, None), [])
@@ -83,7 +87,7 @@ class Bench:
 
 def quality(bench: Bench, student: Teacher) -> dict[str, float]:
     """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data."""
-    samples = {n: sample(student, bench.seeds, n, mixed_precision=bench.mixed_precision) for n in STEPS}
+    samples = {n: bench.sample(student, n) for n in STEPS}
     errors = (samples[1] - bench.endpoint).flatten(1).norm(dim=1)
     values = {"map error": errors.mean().item(), "map error, 95 %": errors.quantile(0.95).item()}
     for n, x in samples.items():
@@ -105,6 +109,7 @@ class Job(NamedTuple):
     measure: Measured
     num_samples: int
     features: str
+    save_samples: bool
 
     @property
     def teacher_changes(self) -> dict[str, object]:
@@ -170,6 +175,8 @@ def distil(job: Job) -> list[dict]:
                 student = distillation.student().to(place.device)
                 row = {"variant": job.variant, "seed": args.seed, "step": step, "evaluations": step * calls}
                 rows.append({**row, **job.measure(place, student)})
+        if job.save_samples:
+            rows[-1]["samples"] = place.sample(student, 1, teacher.pictured).tolist()
     return rows
 
 
@@ -232,6 +239,7 @@ class Laboratory:
         p.add_argument("--features", default="inception", help="of images, as of evaluate.py")
         p.add_argument("--only", nargs="+", help="some of the students, by their names in the table")
         p.add_argument("--processes", type=int, help="students trained at a time; default: one a core, or one on a GPU")
+        p.add_argument("--save_samples", action="store_true", help="also a picture of one step of the first students")
         p.add_argument("--quick", action="store_true", help="a few steps: shows that all works, and nothing else")
         p.add_argument("--out", help=f"without suffix; default: toy/results/{name}")
         p.set_defaults(**defaults)
@@ -258,8 +266,9 @@ class Laboratory:
         if parsed.pretrained_teacher_model.startswith(POINTS):
             teacher = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed), *shlex.split(variant.teacher)]
             teacher += ["--max_train_steps", "30", "--train_batch_size", "32"] * args.quick
-        times = sorted({max(1, round(steps * part)) for part in at})
-        return Job(name, flags, teacher, variant.changes, times, measure, args.num_samples, args.features)
+        times, save_samples = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
+        mine = variant.changes, times, measure, args.num_samples, args.features, save_samples
+        return Job(name, flags, teacher, *mine)
 
     def report(
         self,
@@ -317,5 +326,10 @@ class Laboratory:
         record = {"flags": vars(args), "all students": shlex.join(self.flags), "students": found.flags}
         record |= {"machine": f"{args.processes} x 1 CPU threads", "references": found.references, "summary": summary}
         picture.save(out.with_name(out.name + ".png"))
+        last = {name: rows[len(rows) // args.seeds - 1] for name, rows in found.rows.items()}  # of the first seed
+        if samples := {name: torch.tensor(row.pop("samples")) for name, row in last.items() if "samples" in row}:
+            place = self.bench()
+            panels = {"teacher, PF-ODE": place.endpoint[: place.teacher.pictured], **samples}
+            place.teacher.overview(panels).save(out.with_name(out.name + "-samples.png"))
         out.with_name(out.name + ".json").write_text(json.dumps({**record, "rows": found.rows}, indent=1))
         print(f"{out}.png  {out}.json")

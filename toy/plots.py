@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter, NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -38,8 +39,9 @@ def overview(panels: dict[str, Tensor], paths: Tensor, chords: Tensor) -> Image.
 
     `chords` (sub-paths, 2, n, 2) are the two ends of each line.
     """
-    columns = (len(panels) + 2) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6.2), layout="constrained", squeeze=False)
+    rows = max(2, -(-(len(panels) + 1) // 6))
+    columns = -(-(len(panels) + 1) // rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), layout="constrained", squeeze=False)
     axes = list(axes.flat)
     for axis, (title, points) in zip(axes, panels.items(), strict=False):
         _scatter(axis, points, title)
@@ -66,6 +68,7 @@ class Panel(NamedTuple):
     series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
     xscale: str = "linear"
     yscale: str = "log"
+    ticks: Sequence[float] | None = None  # of x
 
 
 def curves(*panels: Panel) -> Image.Image:
@@ -78,6 +81,12 @@ def curves(*panels: Panel) -> Image.Image:
                 low, high = zip(*((m - d, m + d) for m, d in zip(mean, deviation, strict=True)), strict=True)
                 axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+        if panel.ticks:
+            axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
+        if panel.yscale == "log":
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axis.legend(frameon=False, fontsize=7)
     return _rendered(figure)
 
