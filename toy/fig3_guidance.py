@@ -12,6 +12,7 @@ from kinds import Teacher
 from sample import sample
 from toy import plots
 from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
+from toy.points import PointTeacher
 
 SCALES = [0, 1, 2, 4, 8]
 METHODS = {
@@ -40,8 +41,10 @@ def fidelity_and_diversity(bench: Bench, points: Tensor) -> tuple[float, float]:
 
 
 def guided_quality(bench: Bench, student: Teacher) -> dict[str, float]:
-    """`quality`, and fidelity and diversity of one step, and of the guided PF-ODE."""
+    """`quality`, and fidelity and diversity of one step, and of the guided PF-ODE, where the mixture is known."""
     values = quality(bench, student)
+    if not isinstance(bench.teacher, PointTeacher):
+        return values
     for name, points in {"student": sample(student, bench.seeds, 1), "PF-ODE": bench.endpoint}.items():
         values[f"fidelity, {name}"], values[f"diversity, {name}"] = fidelity_and_diversity(bench, points)
     return values
@@ -54,6 +57,8 @@ def picture(found: Findings) -> Image.Image:
 
     panels = [plots.Panel("distance to where the guided PF-ODE ends", "w", "map error", series("map error"))]
     for column, label in {"fidelity": "probability of the class", "diversity": "spread, relative to the data"}.items():
+        if f"{column}, student" not in found.columns():
+            continue
         target = next(iter(series(f"{column}, PF-ODE").values()))
         lines = series(f"{column}, student") | {"PF-ODE": target}
         panels.append(plots.Panel(f"{column} of one step", "w", label, lines, yscale="linear"))

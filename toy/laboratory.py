@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import distill
 import training
-from comparison import print_rows, results, spread, update
+from comparison import machine, print_rows, results, spread, update
 from data import BadInput, writable_folder
 from kinds import Teacher
 from metrics import Measure
@@ -160,10 +160,6 @@ def prepare(job: Job) -> tuple[argparse.Namespace, Teacher, Bench]:
     return args, teacher, bench(name, args.data, args.guidance_w, job.num_samples, job.features, args.mixed_precision)
 
 
-def measure_references(job: Job) -> dict[str, dict[str, float]]:
-    return prepare(job)[2].references()
-
-
 def distil(job: Job) -> list[dict]:
     """The student's rows, one for each time it is measured."""
     with changed(job.changes):
@@ -197,11 +193,13 @@ def each(function: Callable, jobs: list[Job], processes: int) -> Iterator[tuple[
 
 
 class Findings(NamedTuple):
-    """What was measured: rows by variant, in the order of seeds and times; references; and each variant's flags."""
+    """What was measured: rows by variant, in the order of seeds and times; references; each variant's flags, and all
+    flags of distill.py for the first student."""
 
     rows: dict[str, list[dict]]
     references: dict[str, dict[str, float]]
     flags: dict[str, str]
+    configuration: dict[str, object]
 
     def columns(self) -> list[str]:
         """Those of one number a row."""
@@ -264,8 +262,10 @@ class Laboratory:
         flags += ["--max_train_steps", str(steps)]
         teacher = []
         if parsed.pretrained_teacher_model.startswith(POINTS):
-            teacher = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed), *shlex.split(variant.teacher)]
-            teacher += ["--max_train_steps", "30", "--train_batch_size", "32"] * args.quick
+            teacher = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed)]
+            teacher += ["--max_train_steps", "30", "--train_batch_size", "32"] * args.quick + shlex.split(
+                variant.teacher
+            )
         times, save_samples = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
         mine = variant.changes, times, measure, args.num_samples, args.features, save_samples
         return Job(name, flags, teacher, *mine)
@@ -303,10 +303,11 @@ class Laboratory:
         rows = {name: [] for name in names}
         for path, job in records.items():
             rows[job.variant] += json.loads(path.read_text())
-        references = measure_references(jobs[0])
+        configuration, _, place = prepare(jobs[0])
+        references = place.references()
         for path in records:
             path.unlink()
-        return Findings(rows, references, {name: variants[name].flags for name in names})
+        return Findings(rows, references, {name: variants[name].flags for name in names}, vars(configuration))
 
     def bench(self) -> Bench:
         """That of the first seed, where no variant changes the teacher."""
@@ -323,8 +324,14 @@ class Laboratory:
         print_rows(lines)
         for name, values in found.references.items():
             print(f"{name}: {', '.join(f'{column} {value:.4g}' for column, value in values.items())}")
-        record = {"flags": vars(args), "all students": shlex.join(self.flags), "students": found.flags}
-        record |= {"machine": f"{args.processes} x 1 CPU threads", "references": found.references, "summary": summary}
+        device = machine() if torch.accelerator.is_available() else f"{args.processes} times one CPU thread"
+        record = {
+            "machine": device,
+            "flags": vars(args),
+            "all students": shlex.join(self.flags),
+            "students": found.flags,
+        }
+        record |= {"first student": found.configuration, "references": found.references, "summary": summary}
         picture.save(out.with_name(out.name + ".png"))
         last = {name: rows[len(rows) // args.seeds - 1] for name, rows in found.rows.items()}  # of the first seed
         if samples := {name: torch.tensor(row.pop("samples")) for name, row in last.items() if "samples" in row}:
