@@ -122,6 +122,8 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call):
     others += ", num_ddim_timesteps 25, gamma_draws 3"
     for flag in others.split(", "):
         assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag
+    scheduler = json.loads((tmp_path / "num_ddim_timesteps 25/scheduler/scheduler_config.json").read_text())
+    assert scheduler["original_inference_steps"] == 25
     assert first_loss(call, points, tmp_path / "bf16", "--mixed_precision", "bf16") == pytest.approx(base, rel=0.05)
 
 

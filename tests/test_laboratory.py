@@ -11,6 +11,8 @@ from PIL import Image
 
 import distill
 import toy.laboratory
+from metrics import wasserstein2
+from sample import sample
 from toy import appb_sigma, fig2b_convergence, fig2c_error, tab3_sl_vs_dl, what_decides
 from toy.laboratory import STEPS
 
@@ -115,14 +117,30 @@ def test_images_take_the_same_road(images, means, call, tmp_path):
     assert len(rows) == 2 and rows[0]["FD, 1 step"] > 0
 
 
-def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(call):
-    """Appendix B, in the ideal map's own words: with a Markov chain neither is."""
+@pytest.fixture
+def bench() -> toy.laboratory.Bench:
     laboratory = toy.laboratory
     laboratory.WORK.mkdir(parents=True)
     flags = ["--output_dir", "runs/laboratory", "--pretrained_teacher_model", "ideal:8gaussians"]
     teacher = ["--data", "ideal:8gaussians", "--max_train_steps", "1"]
-    job = laboratory.Job("", flags, teacher, {}, [], None, 256, "", False)
-    bench = laboratory.prepare(job)[2]
+    return laboratory.prepare(laboratory.Job("", flags, teacher, {}, [], None, 256, "", False))[2]
+
+
+def test_the_map_error_is_the_distance_to_many_steps_of_the_teacher(bench):
+    """By diffusers' DDIM, from the same noises; the student is an untrained one."""
+    student = bench.teacher.student(bench.teacher.network.state_dict(), 50)
+    one, many = sample(student, range(256), 1), sample(bench.teacher, range(256), 1000, "ddim")
+    distance = (one - many).square().sum(1).sqrt()
+    values = toy.laboratory.quality(bench, student)
+    assert values["map error"] == pytest.approx(distance.mean().item(), rel=0.01)
+    assert values["map error, 95 %"] == pytest.approx(distance.quantile(0.95).item(), rel=0.01)
+    assert values["W2, 1 step"] == pytest.approx(wasserstein2(one, bench.reference[:256]), rel=1e-6)
+    floor = bench.references()["held-out data"]["W2"]
+    assert floor == pytest.approx(wasserstein2(bench.reference[:256], bench.reference[-256:]), rel=0.3)
+
+
+def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(bench):
+    """Appendix B, in the ideal map's own words: with a Markov chain neither is."""
 
     def left(coupling, sigma, solver_step=20):
         return max(appb_sigma.inconsistency(bench, coupling, sigma, 599, 100, solver_step))
