@@ -118,12 +118,29 @@ def test_images_take_the_same_road(images, means, call, tmp_path):
 
 
 @pytest.fixture
-def bench() -> toy.laboratory.Bench:
-    laboratory = toy.laboratory
-    laboratory.WORK.mkdir(parents=True)
-    flags = ["--output_dir", "runs/laboratory", "--pretrained_teacher_model", "ideal:8gaussians"]
+def job(tmp_path) -> toy.laboratory.Job:
+    """256 samples of a student of one step."""
+    toy.laboratory.WORK.mkdir(parents=True)
+    flags = ["--output_dir", str(tmp_path), "--pretrained_teacher_model", "ideal:8gaussians", "--max_train_steps", "1"]
     teacher = ["--data", "ideal:8gaussians", "--max_train_steps", "1"]
-    return laboratory.prepare(laboratory.Job("", flags, teacher, {}, [], None, 256, "", False))[2]
+    return toy.laboratory.Job("", flags, teacher, {}, [1], toy.laboratory.quality, 256, "", False)
+
+
+@pytest.fixture
+def bench(job) -> toy.laboratory.Bench:
+    return toy.laboratory.prepare(job)[2]
+
+
+def test_few_points_to_learn_from_are_as_many_to_be_measured_by(job):
+    seen = {}
+
+    class Seen(what_decides.FewPoints):
+        def __init__(self, data, split):
+            super().__init__(data, split)
+            seen[split] = len(self)
+
+    few = job._replace(changes={"toy.points.Points": Seen}, measure=lambda bench, _: {"points": len(bench.reference)})
+    assert toy.laboratory.distil(few)[0]["points"] == 2**16 and seen == {"train": 256}
 
 
 def test_the_map_error_is_the_distance_to_many_steps_of_the_teacher(bench):

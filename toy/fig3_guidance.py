@@ -9,7 +9,6 @@ from torch import Tensor
 
 from data import program
 from kinds import Teacher
-from sample import sample
 from toy import plots
 from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
 from toy.points import PointTeacher
@@ -45,7 +44,7 @@ def guided_quality(bench: Bench, student: Teacher) -> dict[str, float]:
     values = quality(bench, student)
     if not isinstance(bench.teacher, PointTeacher):
         return values
-    for name, points in {"student": sample(student, bench.seeds, 1), "PF-ODE": bench.endpoint}.items():
+    for name, points in {"student": bench.sample(student, 1), "PF-ODE": bench.endpoint}.items():
         values[f"fidelity, {name}"], values[f"diversity, {name}"] = fidelity_and_diversity(bench, points)
     return values
 

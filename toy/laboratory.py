@@ -155,6 +155,7 @@ def bench(teacher: str, data: str, w: float, num_samples: int, features: str, mi
 
 
 def prepare(job: Job) -> tuple[argparse.Namespace, Teacher, Bench]:
+    """Flags, teacher and bench, of the code as it is."""
     name = fit_teacher(job)
     args, teacher = distill.configure(distill.parser(), [*job.flags, "--pretrained_teacher_model", name])
     return args, teacher, bench(name, args.data, args.guidance_w, job.num_samples, job.features, args.mixed_precision)
@@ -162,8 +163,8 @@ def prepare(job: Job) -> tuple[argparse.Namespace, Teacher, Bench]:
 
 def distil(job: Job) -> list[dict]:
     """The student's rows, one for each time it is measured."""
+    args, teacher, place = prepare(job)
     with changed(job.changes):
-        args, teacher, place = prepare(job)
         distillation, rows, calls = distill.Distillation(args, teacher), [], distill.forward_passes(args)
         for step, batches in distillation.run:
             distillation.step(step, batches)

@@ -63,6 +63,7 @@ GAMMA, PAPER = ("SPLAM", "SPLAM, t'"), ("SPLAM",)
 VARIANTS = {
     **setting("as it is"),
     **setting("10 starts", flags="--num_ddim_timesteps 10"),
+    **setting("1000 starts", flags="--num_ddim_timesteps 1000"),
     **setting("32 units", changes={"toy.points.PointMLP": functools.partial(PointMLP, width=32)}),
     **setting("spiral", flags="--pretrained_teacher_model ideal:spiral"),
     **setting("trained teacher", flags="--pretrained_teacher_model toy:8gaussians"),
@@ -70,8 +71,6 @@ VARIANTS = {
     **setting("256 points of data", changes={"toy.points.Points": FewPoints}),
     **setting("EMA 0", flags="--ema_decay 0"),
     **setting("EMA 0.99", flags="--ema_decay 0.99"),
-    **setting("l2", flags="--metric l2"),
-    **setting("learning rate 1e-4", flags="--learning_rate 1e-4"),
     **setting("half of γ at 1", only=GAMMA, changes={"distill.draw": half_at_one}),
     **setting("γ above 0.5", only=GAMMA, changes={"distill.draw": late_gamma}),
     **setting("sharp embedding", only=PAPER, changes={"splam.gamma_embedding": sharp_embedding}),
