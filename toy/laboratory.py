@@ -113,7 +113,7 @@ class Job(NamedTuple):
 
     @property
     def teacher_changes(self) -> dict[str, object]:
-        """Those of networks and data, which are the teacher's as well."""
+        """Those of network and data, which are the teacher's as well."""
         return {name: replacement for name, replacement in self.changes.items() if name.startswith("toy.points.")}
 
 
