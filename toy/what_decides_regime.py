@@ -1,8 +1,8 @@
 """What decides whether SPLAM is better than LCM? Data, teacher and network, one changed at a time.
 
 All students have k = 100 and five solver steps, so that LCM and SPLAM differ in γ alone: always 1, or uniform. Other
-factors have scripts of their own: the training recipe (what_decides_recipe), k and multiple estimation (fig2a), training
-time (fig2b), w (fig3), σ (appb).
+factors have scripts of their own: the recipe of training (what_decides_recipe), k and multiple estimation (fig2a),
+training time (fig2b), w (fig3), σ (appb).
 """
 
 import functools
