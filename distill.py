@@ -99,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--gamma_draws", type=int, default=1, help="γ for each solved sub-path, sharing the teacher's cost; paper: 1"
     )
+    group.add_argument(
+        "--gamma_at_one", type=float, default=0.0, help="share of draws with γ = 1, where sampling is; paper: 0"
+    )
     group = p.add_argument_group("large networks")
     group.add_argument("--lora_rank", type=int, default=0, help="train a LoRA of this rank instead of all weights")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
@@ -120,8 +123,10 @@ def check(args: argparse.Namespace, teacher: Teacher) -> None:
         raise BadInput(f"--k must be smaller than the teacher's {num_train_timesteps} time steps")
     if num_train_timesteps % args.num_ddim_timesteps:
         raise BadInput(f"--num_ddim_timesteps must divide the teacher's {num_train_timesteps} time steps")
-    if args.ode == "lcm" and args.gamma_draws > 1:
-        raise BadInput("--gamma_draws is for --ode sl and dl: in LCM γ is always 1")
+    if not 0 <= args.gamma_at_one < 1:
+        raise BadInput(f"--gamma_at_one must be in [0, 1), not {args.gamma_at_one}; --ode lcm has γ = 1 alone")
+    if args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one):
+        raise BadInput("--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
     if not 0 <= args.ema_decay < 1:
         raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
     if args.guidance_w and not teacher.conditional:
@@ -181,9 +186,8 @@ class Distillation:
         """The optimizer's step number `step`, and the target's; returns the loss."""
         run, teacher = self.run, self.teacher
         args, shape = self.args, (run.total_batch_size, *teacher.shape)
-        draws = draw(
-            shape, len(teacher.schedule), args.num_ddim_timesteps, run.generator(step), gamma_draws=args.gamma_draws
-        )
+        times = len(teacher.schedule), args.num_ddim_timesteps
+        draws = draw(shape, *times, run.generator(step), args.gamma_draws, args.gamma_at_one)
         pairs = zip(batches, run.split(draws), strict=True)
         loss = run.optimize(self.loss(*batch, Draws(*rows)) for batch, rows in pairs)
         ema_update(self.target, run.accelerator.unwrap_model(run.model), self.args.ema_decay)

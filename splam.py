@@ -264,11 +264,12 @@ def draw(
     num_ddim_timesteps: int,
     generator: torch.Generator,
     gamma_draws: int = 1,
+    gamma_at_one: float = 0.0,
 ) -> Draws:
     """t is uniform on the grid N-1, N-1-N/50, ... of 50 `num_ddim_timesteps`, from which few-step sampling takes its
-    times as well."""
+    times as well. A share `gamma_at_one` of the γ, which is 0 in the paper, is 1."""
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
-    gamma = torch.rand(x_shape[0], gamma_draws, generator=generator)
+    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp_max(1)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
     return Draws(t, gamma, torch.randn(x_shape, generator=generator))
 

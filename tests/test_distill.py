@@ -119,7 +119,7 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call):
     """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
     base = first_loss(call, points, tmp_path / "base")
     others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
-    others += ", num_ddim_timesteps 25, gamma_draws 3"
+    others += ", num_ddim_timesteps 25, gamma_draws 3, gamma_at_one 0.5"
     for flag in others.split(", "):
         assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag
     scheduler = json.loads((tmp_path / "num_ddim_timesteps 25/scheduler/scheduler_config.json").read_text())
@@ -139,6 +139,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", points, "--k", 2000], "--k must be smaller"),
         (["--pretrained_teacher_model", points, "--num_ddim_timesteps", 30], "--num_ddim_timesteps must divide"),
         (["--pretrained_teacher_model", points, "--gamma_draws", 2, "--ode", "lcm"], "--gamma_draws"),
+        (["--pretrained_teacher_model", points, "--gamma_at_one", 1], "--gamma_at_one must be in [0, 1)"),
         (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
         (["--pretrained_teacher_model", points, "--guidance_w", 1], "conditional teacher"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),

@@ -95,8 +95,6 @@ def test_what_is_said_to_be_changed_is_changed(script, call):
 
 
 def test_gamma_is_drawn_and_embedded_as_said():
-    gamma = what_decides_recipe.half_at_one((1000, 2), 1000, 50, torch.Generator()).gamma
-    assert 0.45 < (gamma == 1).float().mean() < 0.55 and 0.2 < gamma[gamma < 1].mean() / 2 < 0.3
     assert what_decides_recipe.late_gamma((1000, 2), 1000, 50, torch.Generator()).gamma.min() > 0.5
     one = torch.ones(3)
     assert not what_decides_recipe.sharp_embedding(one).any() and not what_decides_recipe.large_embedding(one).any()

@@ -546,6 +546,14 @@ def test_training_and_sampling_share_their_grid():
     assert abs(gamma.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 5000)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_share_of_gamma_is_1_and_the_rest_uniform(share):
+    gamma = splam.draw((5000, 1), 1000, 50, seeded(0), 2, share).gamma
+    one = (gamma == 1).float()
+    assert abs(one.mean() - share) < 5 * math.sqrt(share * (1 - share) / 10000)
+    assert abs(gamma[gamma < 1].mean() - 0.5) < 5 * math.sqrt(1 / 12 / 10000 / (1 - share))
+
+
 def algorithm_1(conditioning="embedding"):
     """(student, target, teacher network, its denoiser, x_0, draws): all networks different, all with gradients."""
     teacher = network()

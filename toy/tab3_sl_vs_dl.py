@@ -20,6 +20,8 @@ VARIANTS = {f"{m}, {k}": Variant(f"{flags} {end}") for k, end in ENDS.items() fo
     "SL, k = 100, 4 γ": Variant("--k 100 --gamma_conditioning embedding --gamma_draws 4"),
     "SL, t', k = 100, 2 γ": Variant("--k 100 --gamma_draws 2"),
     "SL, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4"),
+    "SL, k = 100, half of γ at 1": Variant("--k 100 --gamma_conditioning embedding --gamma_at_one 0.5"),
+    "SL, t', k = 100, half of γ at 1": Variant("--k 100 --gamma_at_one 0.5"),
 }
 
 

@@ -26,12 +26,6 @@ def large_embedding(gamma: Tensor) -> Tensor:
     return 30 * smooth_embedding(gamma)
 
 
-def half_at_one(*arguments, **options) -> Draws:
-    """Half of the draws have γ = 1."""
-    draws = uniform_draw(*arguments, **options)
-    return draws._replace(gamma=(2 * draws.gamma).clamp_max(1))
-
-
 def late_gamma(*arguments, **options) -> Draws:
     """γ between 0.5 and 1."""
     draws = uniform_draw(*arguments, **options)
@@ -45,7 +39,7 @@ VARIANTS = {
     **setting("1000 starts", flags="--num_ddim_timesteps 1000"),
     **setting("EMA 0", flags="--ema_decay 0"),
     **setting("EMA 0.99", flags="--ema_decay 0.99"),
-    **setting("half of γ at 1", only=GAMMA, changes={"distill.draw": half_at_one}),
+    **setting("half of γ at 1", only=GAMMA, flags="--gamma_at_one 0.5"),
     **setting("γ above 0.5", only=GAMMA, changes={"distill.draw": late_gamma}),
     **setting("sharp embedding", only=PAPER, changes={"splam.gamma_embedding": sharp_embedding}),
     **setting("embedding x 30", only=PAPER, changes={"splam.gamma_embedding": large_embedding}),

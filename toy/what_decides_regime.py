@@ -42,7 +42,9 @@ VARIANTS = {
     **setting("trained teacher", flags="--pretrained_teacher_model toy:8gaussians"),
     **setting("poor teacher", flags="--pretrained_teacher_model toy:8gaussians", teacher="--max_train_steps 300"),
     **setting("256 points of data", changes={"toy.points.Points": FewPoints}),
+    **setting("64 units", changes={"toy.points.PointMLP": functools.partial(PointMLP, width=64)}),
     **setting("32 units", changes={"toy.points.PointMLP": functools.partial(PointMLP, width=32)}),
+    **setting("16 units", changes={"toy.points.PointMLP": functools.partial(PointMLP, width=16)}),
 }
 
 
