@@ -53,10 +53,9 @@ def errors(bench: Bench, student: Teacher) -> dict:
     function = ConsistencyFunction(student.network, student.schedule, student.prediction_type)
     cond, path = student.condition(bench.labels.to(bench.device)), trajectories(bench)
     f = [function(x, torch.full((len(x),), t, device=x.device), **cond) for t, x in zip(TIMES, path, strict=True)]
-    return quality(bench, student) | {
-        "neighbours": [rms(a - b) for a, b in itertools.pairwise(f)],
-        "end": [rms(x0.cpu() - bench.endpoint) for x0 in f],
-    }
+    neighbours, end = [rms(a - b) for a, b in itertools.pairwise(f)], [rms(x0.cpu() - bench.endpoint) for x0 in f]
+    sums = {"sum of neighbours": sum(neighbours), "RMS to the end": end[0]}
+    return {**quality(bench, student), **sums, "neighbours": neighbours, "end": end}
 
 
 def picture(found: Findings) -> Image.Image:
