@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -85,8 +85,9 @@ def curves(*panels: Panel) -> Image.Image:
             axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
             axis.xaxis.set_minor_locator(NullLocator())
         if panel.yscale == "log":
-            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
         axis.legend(frameon=False, fontsize=7)
     return _rendered(figure)
 
