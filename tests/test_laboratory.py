@@ -173,7 +173,8 @@ def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(bench):
 def test_bad_flags_end_in_one_line_and_status_2(call):
     for flags, words in (
         (["--only", "LCM"], "LCM is none of LCM, k = 20"),
-        (["--seeds", 0], "--seeds must be positive"),
+        (["--seeds", 1], "--seeds must be 2 or more"),
+        (["--budget", 0], "--budget must be positive"),
         (["--pretrained_teacher_model", "ideal:rings"], "ideal:rings"),
         (["--pretrained_teacher_model", "missing"], "missing"),
         (["--k", "100", "--solver_step", "30"], "no multiple"),

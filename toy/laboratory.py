@@ -223,7 +223,7 @@ class Findings(NamedTuple):
 class Laboratory:
     """One script: its flags, its students, and the table, picture and record that it ends with."""
 
-    def __init__(self, script: str, doc: str, flags: str = "", **defaults):
+    def __init__(self, script: str, doc: str, **defaults):
         name = Path(script).stem
         p = argparse.ArgumentParser(
             prog=f"python -m toy.{name}",
@@ -237,19 +237,21 @@ class Laboratory:
         p.add_argument("--num_samples", type=int, default=1024, help="by which a student is measured")
         p.add_argument("--features", default="inception", help="of images, as of evaluate.py")
         p.add_argument("--only", nargs="+", help="some of the students, by their names in the table")
-        p.add_argument("--processes", type=int, help="students trained at a time; default: one a core, or one on a GPU")
+        p.add_argument("--processes", type=int, help="students at a time; default: one a core, at most 8; on a GPU 1")
         p.add_argument("--save_samples", action="store_true", help="also a picture of one step of the first students")
         p.add_argument("--quick", action="store_true", help="a few steps: shows that all works, and nothing else")
         p.add_argument("--out", help=f"without suffix; default: toy/results/{name}")
         p.set_defaults(**defaults)
         args, given = p.parse_known_args()
         self.flags = ["--train_batch_size", "128"] if args.pretrained_teacher_model.startswith(POINTS) else []
-        self.flags += ["--pretrained_teacher_model", args.pretrained_teacher_model, *shlex.split(flags), *given]
+        self.flags += ["--pretrained_teacher_model", args.pretrained_teacher_model, *given]
         if args.quick:
             args.seeds, args.budget, args.num_samples, args.processes = 2, 50, 64, 1
             self.flags += ["--train_batch_size", "16", "--lr_warmup_steps", "0"]
-        training.check_positive(args, "seeds", "budget", "num_samples", "processes")
-        args.processes = args.processes or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
+        training.check_positive(args, "budget", "num_samples", "processes")
+        if args.seeds < 2:
+            raise BadInput(f"--seeds must be 2 or more, for their spread, not {args.seeds}")
+        args.processes = args.processes or (1 if torch.accelerator.is_available() else min(8, os.cpu_count() or 1))
         args.out = args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}"
         writable_folder(Path(args.out).parent)
         writable_folder(WORK)
