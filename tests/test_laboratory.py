@@ -172,14 +172,14 @@ def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(bench):
 
 def test_bad_flags_end_in_one_line_and_status_2(call):
     for flags, words in (
-        (["--only", "LCM"], "LCM is none of LCM, k = 20"),
         (["--seeds", 1], "--seeds must be 2 or more"),
         (["--budget", 0], "--budget must be positive"),
-        (["--pretrained_teacher_model", "ideal:rings"], "ideal:rings"),
-        (["--pretrained_teacher_model", "missing"], "missing"),
-        (["--k", "100", "--solver_step", "30"], "no multiple"),
+        (["--quick", "--only", "LCM"], "LCM is none of LCM, k = 20"),
+        (["--quick", "--pretrained_teacher_model", "ideal:rings"], "ideal:rings"),
+        (["--quick", "--pretrained_teacher_model", "missing"], "missing"),
+        (["--quick", "--ema_decay", 1], "--ema_decay"),
     ):
-        status, _, err = call(tab3_sl_vs_dl.main, "--processes", 1, *flags)
+        status, _, err = call(tab3_sl_vs_dl.main, *flags)
         assert status == 2 and words in one_line(err), err
     status, _, err = call(tab3_sl_vs_dl.main, "--kk", 20)
     assert status == 2 and "--kk" in err
