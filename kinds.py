@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from matplotlib.font_manager import findfont
 from peft import LoraConfig
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
@@ -259,8 +260,9 @@ class ImageTeacher(Teacher):
         scale = max(1, 800 // rows[0][1].width)
         width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
         image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
+        font = ImageFont.truetype(findfont("DejaVu Sans"), 11)  # matplotlib brings it; it knows Greek
         for i, (name, row) in enumerate(rows):
-            ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black")
+            ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black", font=font)
             image.paste(row.resize((width, height), Image.Resampling.NEAREST), (0, i * (height + text) + text))
         return image
 
