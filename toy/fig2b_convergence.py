@@ -6,14 +6,14 @@ from data import program
 from toy import plots
 from toy.laboratory import Findings, Laboratory, Variant
 
-VARIANTS = {
+STUDENTS = {
     "LCM, k = 20": Variant("--ode lcm --k 20"),
     "LCM + ME, k = 100": Variant("--ode lcm --k 100"),
     "SPLAM, k = 20": Variant("--k 20 --gamma_conditioning embedding"),
     "SPLAM + ME, k = 100": Variant("--k 100 --gamma_conditioning embedding"),
     "SPLAM + ME, t', k = 100": Variant("--k 100"),
-    "SPLAM + ME, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4"),
 }
+VARIANTS = STUDENTS | {"SPLAM + ME, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4")}
 PARTS = [2.0**-i for i in range(7)]  # of the training, after which students are measured
 
 

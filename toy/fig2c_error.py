@@ -15,15 +15,10 @@ from data import program
 from kinds import Teacher
 from splam import ConsistencyFunction, multiple_estimation
 from toy import plots
-from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
+from toy.fig2b_convergence import STUDENTS
+from toy.laboratory import Bench, Findings, Laboratory, quality
 
-VARIANTS = {
-    "LCM, k = 20": Variant("--ode lcm --k 20"),
-    "LCM + ME, k = 100": Variant("--ode lcm --k 100"),
-    "SPLAM, k = 20": Variant("--k 20 --gamma_conditioning embedding"),
-    "SPLAM + ME, k = 100": Variant("--k 100 --gamma_conditioning embedding"),
-    "SPLAM + ME, t', k = 100": Variant("--k 100"),
-}
+VARIANTS = STUDENTS
 TIMES = list(range(999, 100, -20))  # as the paper's figure: 20 apart, and not below 100
 
 

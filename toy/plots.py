@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 from torch import Tensor
 
@@ -72,7 +72,7 @@ class Panel(NamedTuple):
 
 
 def curves(*panels: Panel) -> Image.Image:
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=True):
         for i, (name, (x, mean, deviation)) in enumerate(panel.series.items()):
             style = {"color": f"C{i % 10}", "marker": "." if len(x) < 20 else None, "ls": "--" if i > 9 else "-"}
@@ -85,10 +85,10 @@ def curves(*panels: Panel) -> Image.Image:
             axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
             axis.xaxis.set_minor_locator(NullLocator())
         if panel.yscale == "log":
-            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
-        axis.legend(frameon=False, fontsize=7)
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=7)
     return _rendered(figure)
 
 

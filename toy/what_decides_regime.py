@@ -11,15 +11,10 @@ from PIL import Image
 
 from data import program
 from toy import plots
+from toy.fig2a_skip_size import METHODS
 from toy.laboratory import Findings, Laboratory, Variant
 from toy.mlp import PointMLP
 from toy.points import Points
-
-METHODS = {
-    "LCM": "--ode lcm",
-    "SPLAM": "--gamma_conditioning embedding",
-    "SPLAM, t'": "--gamma_conditioning time",
-}
 
 
 class FewPoints(Points):
