@@ -322,7 +322,7 @@ class Laboratory:
         summary = {name: {column: found.last(name, column) for column in found.columns()} for name in found.rows}
         lines = []
         for name, values in summary.items():
-            cells = {column: f"{mean:.3g} ± {deviation:.1g}" for column, (mean, deviation) in values.items()}
+            cells = {column: f"{mean:.3g} ± {deviation:.2g}" for column, (mean, deviation) in values.items()}
             lines.append({"student": name, "steps": found.rows[name][-1]["step"], **cells})
         print_rows(lines)
         for name, values in found.references.items():
