@@ -1,7 +1,4 @@
-"""What decides whether SPLAM is better than LCM? The recipe of training, changed in one place at a time.
-
-As in what_decides_regime, all students have k = 100 and five solver steps.
-"""
+"""What decides whether SPLAM is better than LCM? The recipe: EMA, the share of γ = 1, the γ-embedding."""
 
 import torch
 from torch import Tensor
@@ -10,7 +7,7 @@ import splam
 from data import program
 from splam import Draws
 from toy.laboratory import Laboratory
-from toy.what_decides_regime import picture, setting
+from toy.what_decides import picture, setting
 
 smooth_embedding, uniform_draw = splam.gamma_embedding, splam.draw
 
@@ -35,8 +32,6 @@ def late_gamma(*arguments, **options) -> Draws:
 GAMMA, PAPER = ("SPLAM", "SPLAM, t'"), ("SPLAM",)
 VARIANTS = {
     **setting("as it is"),
-    **setting("10 starts", flags="--num_ddim_timesteps 10"),
-    **setting("1000 starts", flags="--num_ddim_timesteps 1000"),
     **setting("EMA 0", flags="--ema_decay 0"),
     **setting("EMA 0.99", flags="--ema_decay 0.99"),
     **setting("half of γ at 1", only=GAMMA, flags="--gamma_at_one 0.5"),
