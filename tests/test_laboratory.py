@@ -13,7 +13,17 @@ import distill
 import toy.laboratory
 from metrics import wasserstein2
 from sample import sample
-from toy import appb_sigma, fig2b_convergence, fig2c_error, tab3_sl_vs_dl, what_decides_data, what_decides_recipe
+from toy import (
+    appb_sigma,
+    fig2a_skip_size,
+    fig2b_convergence,
+    fig2c_error,
+    fig3_guidance,
+    tab3_sl_vs_dl,
+    what_decides_data,
+    what_decides_recipe,
+    what_decides_width,
+)
 from toy.laboratory import STEPS
 
 SCRIPTS = """fig2a_skip_size fig2b_convergence fig2c_error fig3_guidance tab3_sl_vs_dl appb_sigma what_decides_width
@@ -73,6 +83,9 @@ def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):
             raise KeyboardInterrupt
         return distil(job)
 
+    def unpicturable(found):
+        raise RuntimeError
+
     distil = toy.laboratory.distil
     monkeypatch.setattr(toy.laboratory, "distil", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -80,8 +93,24 @@ def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):
     again = quick(call, tab3_sl_vs_dl, *only)
     assert len(done) == 3 + 2  # two were kept, the third begins anew
     assert again["rows"] == record["rows"] and again["references"] == record["references"]
-    quick(call, tab3_sl_vs_dl, *only)  # nothing is kept from what was finished
-    assert len(done) == 3 + 2 + 4
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(tab3_sl_vs_dl, "picture", unpicturable)
+        call(tab3_sl_vs_dl.main, "--quick", *only)
+    assert len(done) == 3 + 2 + 4  # nothing was kept from what was finished
+    quick(call, tab3_sl_vs_dl, *only)
+    assert len(done) == 3 + 2 + 4  # but from what was not
+
+
+@pytest.mark.parametrize(
+    ("script", "only"),
+    [
+        (fig2a_skip_size, "LCM + ME, k = 50"),
+        (fig3_guidance, "SPLAM + ME, w = 2"),
+        (what_decides_width, "LCM: 16 units"),
+    ],
+)
+def test_some_of_the_students_make_a_picture_too(script, only, call):
+    assert list(quick(call, script, "--only", only)["rows"]) == [only]
 
 
 def test_gamma_is_drawn_and_embedded_as_said():

@@ -32,17 +32,13 @@ VARIANTS = {
 
 
 def picture(found: Findings) -> Image.Image:
-    def line(method: str, several: bool, column: str) -> tuple:
-        return SIZES, *zip(*(found.last(name(method, k, several), column) for k in SIZES), strict=True)
-
-    lines = {f"{method}{' + ME' * several}": (method, several) for several in (False, True) for method in METHODS}
-    panels = [
-        plots.Panel(
-            column, "k", "", {title: line(*which, column) for title, which in lines.items()}, "log", ticks=SIZES
-        )
-        for column in found.columns()[:3]
-    ]
-    return plots.curves(*panels)
+    lines = {
+        f"{method}{' + ME' * several}": {k: name(method, k, several) for k in SIZES}
+        for several in (False, True)
+        for method in METHODS
+    }
+    columns = found.columns()[:3]
+    return plots.curves(*(plots.Panel(c, "k", "", found.lines(lines, c), "log", ticks=SIZES) for c in columns))
 
 
 @program

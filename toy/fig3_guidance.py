@@ -51,8 +51,7 @@ def guided_quality(bench: Bench, student: Teacher) -> dict[str, float]:
 
 def picture(found: Findings) -> Image.Image:
     def series(column: str) -> dict:
-        ends = {m: [found.last(f"{m}, w = {w}", column) for w in SCALES] for m in METHODS}
-        return {method: (SCALES, *zip(*values, strict=True)) for method, values in ends.items()}
+        return found.lines({method: {w: f"{method}, w = {w}" for w in SCALES} for method in METHODS}, column)
 
     panels = [plots.Panel("distance to where the guided PF-ODE ends", "w", "map error", series("map error"))]
     for column, label in {"fidelity": "probability of the class", "diversity": "spread, relative to the data"}.items():

@@ -219,6 +219,14 @@ class Findings(NamedTuple):
         values = self.of(variant, column)[:, -1]
         return values.mean().item(), values.std().item()
 
+    def lines(self, variants: dict[str, dict[float, str]], column: str) -> dict[str, tuple]:
+        """Lines of a plots.Panel through the ends of variants, {line: {x: variant}}; those left out are skipped."""
+        found = {}
+        for line, points in variants.items():
+            if ends := {x: self.last(variant, column) for x, variant in points.items() if variant in self.rows}:
+                found[line] = (list(ends), *zip(*ends.values(), strict=True))
+        return found
+
 
 class Laboratory:
     """One script: its flags, its students, and the table, picture and record that it ends with."""
@@ -286,7 +294,7 @@ class Laboratory:
 
     def run(self, variants: dict[str, Variant], measure: Measured, at: Iterable[float]) -> Findings:
         """Trains and measures all students, `at` these parts of their training. What an interrupted call had measured
-        is taken from WORK, and forgotten when all is done."""
+        is taken from WORK, where `finish` forgets it."""
         if unknown := set(self.args.only or ()) - set(variants):
             raise BadInput(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")
         names = [name for name in variants if name in (self.args.only or variants)]
@@ -295,8 +303,8 @@ class Laboratory:
         with tqdm(total=len(teachers), desc="teachers", leave=False) as bar:
             for _ in each(fit_teacher, list(teachers.values()), self.args.processes):
                 bar.update()
-        records = {WORK / f"{digest(job)}.json": job for job in jobs}
-        missing = [job for path, job in records.items() if not path.is_file()]
+        self.records = {WORK / f"{digest(job)}.json": job for job in jobs}
+        missing = [job for path, job in self.records.items() if not path.is_file()]
         with tqdm(total=len(jobs), desc="students", initial=len(jobs) - len(missing), leave=False) as bar:
             for job, rows in each(distil, missing, self.args.processes):
                 draft = WORK / f"{digest(job)}.tmp"
@@ -304,13 +312,10 @@ class Laboratory:
                 draft.rename(draft.with_suffix(".json"))
                 bar.update()
         rows = {name: [] for name in names}
-        for path, job in records.items():
+        for path, job in self.records.items():
             rows[job.variant] += json.loads(path.read_text())
         configuration, _, place = prepare(jobs[0])
-        references = place.references()
-        for path in records:
-            path.unlink()
-        return Findings(rows, references, {name: variants[name].flags for name in names}, vars(configuration))
+        return Findings(rows, place.references(), {name: variants[name].flags for name in names}, vars(configuration))
 
     def bench(self) -> Bench:
         """That of the first seed, where no variant changes the teacher."""
@@ -343,3 +348,5 @@ class Laboratory:
             place.teacher.overview(panels).save(out.with_name(out.name + "-samples.png"))
         out.with_name(out.name + ".json").write_text(json.dumps({**record, "rows": found.rows}, indent=1))
         print(f"{out}.png  {out}.json")
+        for path in self.records:
+            path.unlink()

@@ -18,13 +18,9 @@ for width in WIDTHS:
 
 def picture(found: Findings) -> Image.Image:
     widths = [*WIDTHS, 128]
-
-    def panel(column: str) -> plots.Panel:
-        ends = {method: [found.last(f"{method}: {width} units", column) for width in widths] for method in METHODS}
-        lines = {method: (widths, *zip(*values, strict=True)) for method, values in ends.items()}
-        return plots.Panel(column, "units", "", lines, xscale="log", ticks=widths)
-
-    return plots.curves(*map(panel, found.columns()[:3]))
+    lines = {method: {width: f"{method}: {width} units" for width in widths} for method in METHODS}
+    columns = found.columns()[:3]
+    return plots.curves(*(plots.Panel(c, "units", "", found.lines(lines, c), "log", ticks=widths) for c in columns))
 
 
 @program
