@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from conftest import one_line, save, unet
+from diffusers import DDPMScheduler
 from PIL import Image
 
 import distill
 import toy.laboratory
 from metrics import wasserstein2
 from sample import sample
+from splam import Schedule
 from toy import (
     appb_sigma,
     fig2a_skip_size,
@@ -187,6 +189,25 @@ def test_the_linear_sigma_is_the_right_one_where_ddim_couples_the_ends(bench):
     assert left("DDIM", "approx") < 0.1 * left("DDIM", "exact")
     assert left("DDIM", "approx") < 0.5 * left("DDIM", "approx", 100)
     assert left("Markov", "approx") > 0.3 and left("Markov", "exact") > 0.3
+
+
+def test_the_markov_coupling_takes_the_ancestral_steps_of_diffusers():
+    oracle, generator = DDPMScheduler(clip_sample=False), torch.Generator().manual_seed(0)
+    schedule, x_t = Schedule(oracle.alphas_cumprod), torch.randn((64, 2), generator=generator)
+
+    def denoise(x, t):
+        eps, (alpha, sigma) = x.sin(), schedule.at(t, x.ndim)
+        return (x - sigma * eps) / alpha, eps
+
+    t, s = torch.full((64,), 900), torch.full((64,), 600)
+    torch.manual_seed(1)
+    ours = appb_sigma.markov_estimation(denoise, schedule, x_t, t, s, k=300, solver_step=100)
+    oracle.set_timesteps(10)
+    torch.manual_seed(1)
+    theirs = x_t
+    for time in (900, 800, 700):
+        theirs = oracle.step(theirs.sin(), time, theirs).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_flags_end_in_one_line_and_status_2(call):
