@@ -1,31 +1,62 @@
-"""Where images come from, in what order they are drawn, and how unusable input is refused."""
+"""Where x_0 comes from, in which order it is drawn, and how unusable input is refused.
 
+Four sources, from the simplest to the largest. Each is a PyTorch dataset whose batches are pairs (data, label):
+
+    Points          a 2-D distribution                    x_0 (B, 2) and class numbers (B,)
+    Images          a folder of images by class           x_0 (B, 3, H, W) in [-1, 1] and class numbers (B,)
+    CaptionFolder   images with captions in a folder      pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
+    Shards          the same in webdataset's tar files    the same, as a stream
+    CachedLatents   either of the last two, encoded       latents (B, C, h, w) and text embeddings (B, L, D)
+
+Data from the web are never all good. A broken file is skipped, counted, and named in the log; nothing that lies in a
+file ends a run. Only if nothing usable is left does the program end, with one line that says so (BadInput).
+"""
+
+import bisect
+import copy
 import functools
+import io
+import itertools
+import json
 import logging
 import os
+import random
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
+from toy.distributions import DISTRIBUTIONS, GaussianMixture
+
 log = logging.getLogger("data")
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles no code, whatever a library asks it for
+# torch.load can run code that a file contains. This makes every call refuse such files, those inside libraries too.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
+BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises on broken files; it depends on their format
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusing: one clear line on stderr and exit status 2
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class BadInput(Exception):
-    """Something a person can put right. Programs answer with its text on one line of stderr and exit status 2."""
+    """Something that a person can put right: a flag, a file, a folder. Its text is the one line that they see."""
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates the `main` of a command-line program: quiet logging, and BadInput as one clear line."""
+    """Decorates the `main` of a command-line program, so that a BadInput ends it with that line and not a traceback."""
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -39,22 +70,22 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
-def writable_folder(path: str) -> Path:
-    """The folder, made if need be."""
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made if need be. Raises BadInput now rather than after hours, when the first result is written."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have been as quick
+        probe.unlink(missing_ok=True)  # another process may have removed it already
     except OSError as error:
         raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
     return folder
 
 
 def read_prompts(values: list[str]) -> list[str]:
-    """Prompts from the command line: themselves, or one file's lines."""
-    if len(values) != 1 or not os.path.isfile(values[0]):  # Path.is_file raises on prompts longer than file names
+    """Prompts from the command line: the values themselves, or the lines of a file if there is one value that names it."""
+    if len(values) != 1 or not os.path.isfile(values[0]):  # unlike Path.is_file, this takes prompts of any length
         return [str(value) for value in values]
     lines = [line.strip() for line in Path(values[0]).read_text(errors="replace").splitlines() if line.strip()]
     if not lines:
@@ -62,8 +93,76 @@ def read_prompts(values: list[str]) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EndlessBatches(Sampler):
+    """Batches of indices, epoch after epoch, each in a new order; where one is in this stream is a plain number.
+
+    A batch of the whole run is `batch_size * world` indices in a row, of which process `rank` takes its own part. So the
+    stream depends neither on the number of processes nor on interruptions: to resume is to begin at batch `start`.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = (self.start * self.world + self.rank) * self.batch_size
+        epoch, order = -1, []
+        while True:
+            batch = []
+            for p in range(position, position + self.batch_size):
+                if p // self.length != epoch:
+                    epoch = p // self.length
+                    # A seed for each epoch, so that a run can begin in any of them.
+                    shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.length, generator=shuffle).tolist()
+                batch.append(order[p % self.length])
+            yield batch
+            position += self.batch_size * self.world
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Points of a 2-D distribution
+# ---------------------------------------------------------------------------------------------------------------------
+
+POINTS = ("toy:", "ideal:")  # how the names of 2-D distributions begin; teacher.py says what sets the two apart
+
+
+def distribution(name: str) -> GaussianMixture:
+    """The mixture of "toy:moons" or "ideal:moons"."""
+    kind, _, which = name.partition(":")
+    if f"{kind}:" not in POINTS or which not in DISTRIBUTIONS:
+        raise BadInput(f"unknown 2-D distribution {name!r}: choose from {', '.join('toy:' + n for n in DISTRIBUTIONS)}")
+    return DISTRIBUTIONS[which]
+
+
+class Points(Dataset):
+    """65,536 points of a distribution, always the same, with their classes (zeros where there are none)."""
+
+    def __init__(self, data: str, split: str = "train"):
+        mixture, seed = distribution(data), {"train": 1, "test": 2}[split]
+        self.samples, component = mixture.sample(2**16, torch.Generator().manual_seed(seed))
+        self.labels = torch.zeros_like(component) if mixture.classes is None else mixture.classes[component]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once."""
+        return self.samples[indices], self.labels[indices]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images by class
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def centre_square(image: Image.Image, resolution: int) -> Tensor:
-    """The middle of the larger side, resized by LANCZOS: uint8 (3, R, R)."""
+    """The middle of the image's longer side, resized by LANCZOS: uint8 (3, R, R)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side)).convert("RGB")
@@ -71,47 +170,16 @@ def centre_square(image: Image.Image, resolution: int) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-class ImageFiles:
-    """Images of any size as centre squares of one, read when they are asked for: sets that exceed memory."""
-
-    def __init__(self, files: list[Path], resolution: int):
-        self.files, self.resolution = files, resolution
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        """uint8 (B, 3, R, R), without the broken ones."""
-        squares = []
-        for i in indices.tolist():
-            try:
-                with Image.open(self.files[i]) as image:
-                    squares.append(centre_square(image, self.resolution))
-            except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files, by format
-                log.warning("skipped %s: %s", self.files[i], error)
-        return torch.stack(squares) if squares else torch.empty(0, 3, *[self.resolution] * 2, dtype=torch.uint8)
-
-
-class Images(Dataset):
-    """Images in memory with their class. Item i >= len(samples) is the mirror image of item i - len(samples)."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], mirror: bool = False):
-        self.samples, self.labels, self.classes, self.mirror = pixels, labels, classes, mirror  # uint8 (n, 3, H, W)
-
-    def __len__(self) -> int:
-        return len(self.samples) * (2 if self.mirror else 1)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once: x_0 (B, 3, H, W) in [-1, 1] and labels (B,)."""
-        index = torch.tensor(indices)
-        i = index % len(self.samples)
-        x = self.samples[i].float() / 127.5 - 1
-        return torch.where((index >= len(self.samples)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
+def to_range(pixels: Tensor) -> Tensor:
+    """uint8 pixels -> [-1, 1], the range that image models are trained on."""
+    return pixels.float() / 127.5 - 1
 
 
 def image_files(folder: str, split: str) -> list[Path]:
-    """Images below `folder/split`; below `folder` itself for the train split of a folder without splits. None only for
-    a folder named cifar10*, which torchvision can fill."""
+    """The images below `folder/split`, or below `folder` for the train split of a folder without splits.
+
+    None is an error, except for a folder whose name begins with cifar10: torchvision can fill that one.
+    """
     root = Path(folder) / split
     if split == "train" and not root.is_dir():
         root = Path(folder)
@@ -121,13 +189,51 @@ def image_files(folder: str, split: str) -> list[Path]:
     return files
 
 
-@functools.cache  # a program asks for the same images several times
-def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
-    """All images below `folder/split/<class>/`, in memory.
+class ImageFiles:
+    """Images of any size as centre squares of one, read when they are asked for: for sets that exceed memory."""
 
-    A folder named cifar10* that holds no images is filled by torchvision's download (which checks the archive's md5
-    before it opens it). Broken files are skipped, named in the log, and counted. All become centre squares of
-    `resolution`; where that is not given, they must be squares of one size.
+    def __init__(self, files: list[Path], resolution: int):
+        self.files, self.resolution = files, resolution
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """uint8 (B, 3, R, R), without the broken ones among them."""
+        squares = []
+        for i in indices.tolist():
+            try:
+                with Image.open(self.files[i]) as image:
+                    squares.append(centre_square(image, self.resolution))
+            except BROKEN as error:
+                log.warning("skipped %s: %s", self.files[i], error)
+        return torch.stack(squares) if squares else torch.empty(0, 3, *[self.resolution] * 2, dtype=torch.uint8)
+
+
+class Images(Dataset):
+    """Images in memory, uint8 (n, 3, H, W), with their classes. With `mirror` each image is there twice: item i + n is
+    the mirror image of item i."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, classes: list[str], mirror: bool = False):
+        self.samples, self.labels, self.classes, self.mirror = pixels, labels, classes, mirror
+
+    def __len__(self) -> int:
+        return len(self.samples) * (2 if self.mirror else 1)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once: x_0 in [-1, 1] and labels (B,)."""
+        index = torch.tensor(indices)
+        i = index % len(self.samples)
+        x = to_range(self.samples[i])
+        return torch.where((index >= len(self.samples)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
+
+
+@functools.cache  # training, the closing table and the pictures ask for the same images
+def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
+    """All images below `folder/split/<class>/`, in memory, as centre squares of `resolution`.
+
+    Without a resolution they must be squares of one size already. Broken files are skipped and counted. A folder named
+    cifar10* without images is filled by torchvision.
     """
     files = image_files(folder, split)
     if not files:
@@ -140,7 +246,7 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
                 array = np.asarray(image.convert("RGB"))
                 if resolution and array.shape != (resolution, resolution, 3):
                     array = centre_square(image, resolution).permute(1, 2, 0).numpy()
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken files, by format
+        except BROKEN as error:
             log.warning("skipped %s: %s", path, error)
             broken += 1
             continue
@@ -157,6 +263,8 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
 
 
 def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror: bool) -> Images:
+    import torchvision  # takes a second, and few need it
+
     try:
         cifar = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
@@ -167,27 +275,301 @@ def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror
     return Images(pixels, torch.tensor(cifar.targets), cifar.classes, mirror)
 
 
-class EndlessBatches(Sampler):
-    """Batches of indices from shuffled epochs without end; the position in the stream is a plain number.
+def reference_set(data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
+    """All of the data, to be measured against: points (n, 2), or uint8 images of that resolution."""
+    if data.startswith(POINTS):
+        return Points(data, split).samples
+    if ".tar" in data and not Path(data).is_dir():
+        raise BadInput(f"{data} is no folder of images to measure against: --data")
+    files = image_files(data, split)
+    return ImageFiles(files, resolution) if files else load_images(data, split, resolution).samples
 
-    A batch of the whole run is `batch_size * world` consecutive indices, of which each process takes its own rows. So
-    the stream depends neither on the number of processes nor on where a run was interrupted.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+Tokenize = Callable[[list[str]], Tensor]
+Batches = Iterator[tuple[Tensor, Tensor]]  # pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
+Part = tuple[str, Callable[[], Batches]]  # what the cache encodes into one file: its name, and how to read it
+
+
+class PairOptions(NamedTuple):
+    """The size that images get, and which pairs are wanted at all."""
+
+    resolution: int
+    min_image_size: int = 0  # of the original's shorter side
+    max_pwatermark: float = 1.0  # LAION's estimate of how likely the image has a watermark
+
+
+class Unwanted(Exception):
+    """A pair that is whole and is left out all the same. The text is its kind, in the words of the final count."""
+
+
+def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
+    """Pixels and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
+    facts = json.loads(sample.get("json", "{}"))
+    caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise Unwanted("without caption")
+    file = next((sample[key] for key in sample if f".{key}" in EXTENSIONS), b"")
+    # Only the formats that the names promise: PIL knows some, PostScript for one, that it hands to an interpreter.
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["JPEG", "PNG", "WEBP"]) as image:
+        original = facts.get("original_width"), facts.get("original_height")
+        shorter_side = min(original if all(original) else image.size)
+        if shorter_side < options.min_image_size or (facts.get("pwatermark") or 0) > options.max_pwatermark:
+            raise Unwanted("filtered")
+        # Not mirrored, unlike images by class: a caption may say left and right.
+        return to_range(centre_square(image, options.resolution)), caption.strip()
+
+
+class Pairs:
+    """What both sources of pairs share: samples become batches, and the unusable are skipped, counted and logged."""
+
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        self.data, self.options, self.tokenize, self.counts = data, options, tokenize, Counter()
+
+    def skip(self, name: str, error: Exception) -> None:
+        """Counts a sample and logs it. Of the filtered, which may be millions, only every power of two is logged."""
+        kind = str(error) if isinstance(error, Unwanted) else "broken"
+        self.counts[kind] += 1
+        if kind != "filtered" or self.counts[kind].bit_count() == 1:
+            log.warning("skipped %s: %s (%d %s so far)", name, error, self.counts[kind], kind)
+
+    def usable(self, samples: Iterable[dict]) -> Iterator[tuple[Tensor, str]]:
+        """Pixels and caption of each sample that has both."""
+        for sample in samples:
+            self.counts["members"] += 1
+            try:
+                pair = read_pair(sample, self.options)
+            except Exception as error:  # whatever a file from the web makes a decoder raise
+                self.skip(f"{sample['__url__']}/{sample['__key__']}", error)
+            else:
+                self.counts["usable"] += 1
+                yield pair
+
+    def first(self, samples: Iterable[dict]) -> tuple[Tensor, str]:
+        """The first usable pair; BadInput with all counts if there is none."""
+        for pair in self.usable(samples):
+            return pair
+        kinds = ("members", "broken", "without caption", "filtered")
+        counts = ", ".join(f"{self.counts[kind]} {kind}" for kind in kinds)
+        raise BadInput(f"no usable image-caption pairs in {self.data}: {counts}")
+
+    def probe(self, samples: Iterable[dict]) -> None:
+        """Refuses data without any usable pair, before a run begins."""
+        self.counts.clear()
+        self.first(samples)
+        self.counts.clear()
+
+    def batched(self, pairs: Iterator[tuple[Tensor, str]], size: int = 64) -> Batches:
+        """Batches of `size`; the last may be smaller."""
+        while batch := list(itertools.islice(pairs, size)):
+            pixels, captions = zip(*batch, strict=True)
+            yield torch.stack(pixels), self.tokenize(list(captions))
+
+
+class CaptionFolder(Pairs, Dataset):
+    """Images below a folder. Captions are in its metadata.jsonl, as Hugging Face has it, or in a .txt beside each."""
+
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        super().__init__(data, options, tokenize)
+        root, self.samples = Path(data), []
+        if not root.is_dir():
+            raise BadInput(f"no such folder: {root}")
+        metadata = self._metadata(root / "metadata.jsonl")
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        for path in files:
+            name, text = path.relative_to(root), path.with_suffix(".txt")
+            if name in metadata or text.is_file():
+                caption = {"json": metadata[name]} if name in metadata else {"txt": text.read_bytes()}
+                self.samples.append({"__url__": root, "__key__": name, path.suffix[1:].lower(): path, **caption})
+        if not files:
+            raise BadInput(f"no images in {root}")
+        if not self.samples:
+            raise BadInput(f"no captions in {root}: expected 0.txt beside 0.jpg, and so on, or a metadata.jsonl")
+        if len(self) < len(files):
+            log.warning("left out %d of %d images in %s: without caption", len(files) - len(self), len(files), root)
+        self.probe(self.samples)
+
+    @staticmethod
+    def _metadata(file: Path) -> dict[Path, bytes]:
+        """Each image's line of metadata.jsonl."""
+        lines = {}
+        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
+            try:
+                row = json.loads(line)
+                name, _ = row["file_name"], row["text" if "text" in row else "caption"]
+                lines[Path(name)] = line
+            except (ValueError, TypeError, KeyError):
+                raise BadInput(f'{file}, line {number} is not {{"file_name": "0.jpg", "text": "a caption"}}') from None
+        return lines
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once. In the place of an unusable pair stands the next usable one."""
+        n = len(self)
+        pairs = (self.first(self.samples[(i + k) % n] for k in range(n)) for i in indices)
+        return next(self.batched(pairs, len(indices)))
+
+    def parts(self) -> list[Part]:
+        """Parts of 1,024 pairs."""
+        slices = [self.samples[i : i + 1024] for i in range(0, len(self), 1024)]
+        return [(f"{i:05d}", lambda part=part: self.batched(self.usable(part))) for i, part in enumerate(slices)]
+
+
+class Shards(Pairs, IterableDataset):
+    """webdataset's tar files, as img2dataset writes them: 0.jpg with 0.txt, or with 0.json that holds the caption."""
+
+    def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
+        from webdataset.shardlists import expand_urls  # webdataset takes a second, and few need it
+
+        super().__init__(data, options, tokenize)
+        try:
+            self.urls = expand_urls(data)
+        except (AssertionError, ValueError) as error:  # unbalanced braces, unknown variables
+            raise BadInput(f"{data}: {error}") from None
+        for url in self.urls:
+            if "://" not in url and not url.startswith("pipe:") and not os.path.isfile(url):
+                raise BadInput(f"no such shard: {url}")
+        self.probe(self.samples(self.urls))
+
+    def samples(self, urls: list[str]) -> Iterator[dict]:
+        """The samples of these shards, one after the other."""
+        import webdataset
+
+        def go_on(error: Exception) -> bool:
+            self.skip(url, error)
+            # ValueError: two files of one name, and the rest is fine. Anything else: the archive is torn, and ends here.
+            return isinstance(error, ValueError)
+
+        for url in urls:
+            yield from webdataset.tarfile_to_samples(handler=go_on)([{"url": url}])
+
+    def parts(self) -> list[Part]:
+        """A part for each shard."""
+        names = (re.sub(r"[^\w-]", "_", Path(url).stem) for url in self.urls)
+        return [
+            (f"{i:05d}-{name}", lambda url=url: self.batched(self.usable(self.samples([url]))))
+            for i, (name, url) in enumerate(zip(names, self.urls, strict=True))
+        ]
+
+    def check_readers(self, readers: int) -> None:
+        """Refuses more readers than shards. Called before a run: an error inside a loader's process prints many lines."""
+        if len(self.urls) < readers:
+            raise BadInput(
+                f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers: "
+                "processes times --dataloader_num_workers must not be more than the shards"
+            )
+
+    def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> IterableDataset:
+        """Batches without end for process `rank` of `world`, for DataLoader(batch_size=None).
+
+        A tar file cannot be entered in the middle: to skip to batch `start` would mean to read all before it. So `start`
+        is part of the seed, and a resumed run goes on in a new order.
+        """
+        stream = copy.copy(self)
+        stream.place = batch_size, f"{seed} {start}", rank, world
+        return stream
+
+    def __iter__(self) -> Batches:
+        batch_size, seed, rank, world = self.place
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        self.check_readers(world * workers)
+        return self.batched(self._epochs(seed, rank * workers + worker, world * workers), batch_size)
+
+    def _epochs(self, seed: str, reader: int, readers: int) -> Iterator[tuple[Tensor, str]]:
+        """The usable pairs of this reader. In each epoch the shards are dealt out anew to all readers."""
+        import webdataset
+
+        for epoch in itertools.count():
+            urls = random.Random(f"{seed} {epoch}").sample(self.urls, len(self.urls))  # the same deal for all readers
+            # 1,000 samples wait in a buffer from which the next is drawn; they wait undecoded, which is small.
+            shuffle = webdataset.shuffle(1000, rng=random.Random(f"{seed} {epoch} {reader}"))
+            before = self.counts["usable"]
+            yield from self.usable(shuffle(self.samples(urls[reader::readers])))
+            if self.counts["usable"] == before:
+                # None of this reader's shards was any good. If others are, the next deal helps; if not, this raises.
+                self.probe(self.samples(self.urls))
+
+
+def load_pairs(data: str, options: tuple, tokenize: Tokenize) -> CaptionFolder | Shards:
+    """Pairs from shards (paths or urls of tar files, with braces, joined by ::) or from a folder. `options` are the
+    values of PairOptions."""
+    shards = ".tar" in data and not os.path.isdir(data)
+    return (Shards if shards else CaptionFolder)(data, PairOptions(*options), tokenize)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of encoded pairs: VAE and text encoder need to see each pair only once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cache_pairs(
+    dataset: CaptionFolder | Shards,
+    folder: str,
+    made_from: dict,
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    rank: int,
+    world: int,
+) -> None:
+    """Encodes each part of the data into a file of its own, and keeps those that an interrupted run has left.
+
+    `made_from` says what the result depends on; a folder that was made from anything else is refused. Process `rank` of
+    `world` does its share only: the caller waits for the others before it reads.
     """
+    target, parts = writable_folder(folder), dataset.parts()
+    index, wanted = target / "cache.json", {**made_from, "parts": [name for name, _ in parts]}
+    if index.is_file():
+        there = json.loads(index.read_text())
+        differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
+        if differing:
+            pairs = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
+            raise BadInput(f"--cache_latents {folder} was made from {pairs or 'other parts'}: another folder please")
+    elif rank == 0:
+        draft = target / "cache.json.tmp"
+        draft.write_text(json.dumps(wanted, indent=2))
+        draft.rename(index)
+    for name, read in tqdm(parts[rank::world], desc="encoding", unit="part", mininterval=1, disable=rank != 0):
+        final, draft = target / f"{name}.safetensors", target / f"{name}.tmp"
+        if not final.exists():
+            encoded = [[tensor.cpu() for tensor in encode(*batch)] for batch in read()]
+            empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
+            x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded or empty, strict=True))
+            save_file({"x0": x0, "cond": cond}, draft)
+            draft.rename(final)
 
-    def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.rank, self.world = start, rank, world
 
-    def __iter__(self) -> Iterator[list[int]]:
-        position = (self.start * self.world + self.rank) * self.batch_size
-        epoch, order = -1, []
-        while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.length != epoch:
-                    epoch = p // self.length
-                    shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.length, generator=shuffle).tolist()
-                batch.append(order[p % self.length])
-            yield batch
-            position += self.batch_size * self.world
+class CachedLatents(Dataset):
+    """What `cache_pairs` wrote. Rows are read one by one, since all may exceed memory, and no file stays open, since
+    there may be thousands."""
+
+    def __init__(self, folder: str):
+        index = Path(folder) / "cache.json"
+        if not index.is_file():
+            raise BadInput(f"no cached latents in {folder}")
+        self.files = [Path(folder) / f"{name}.safetensors" for name in json.loads(index.read_text())["parts"]]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise BadInput(f"{folder} lacks {len(missing)} of {len(self.files)} parts: {missing[0]} is the first")
+        self.starts = [0]  # the number of each file's first row in the whole, and after the last their count
+        for file in self.files:
+            with safe_open(file, "pt") as part:
+                self.starts.append(self.starts[-1] + part.get_slice("x0").get_shape()[0])
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _row(self, index: int) -> tuple[Tensor, Tensor]:
+        which = bisect.bisect_right(self.starts, index) - 1
+        with safe_open(self.files[which], "pt") as part:
+            row = index - self.starts[which]
+            return part.get_slice("x0")[row], part.get_slice("cond")[row]
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once."""
+        x0, cond = zip(*map(self._row, indices), strict=True)
+        return torch.stack(x0), torch.stack(cond)

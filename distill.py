@@ -1,270 +1,379 @@
-"""Distil a teacher into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
+"""Distil a diffusion model into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
 
-python distill.py                                           two minutes on a laptop: 8 Gaussians
-python distill.py --pretrained_teacher_model runs/cifar-teacher --data data/cifar10 --output_dir runs/cifar-student
-accelerate launch distill.py ...                            the same on many GPUs
+    python distill.py                                         a minute on a laptop: 8 Gaussians in two dimensions
+    python distill.py --pretrained_teacher_model runs/cifar10-teacher --data data/cifar10
+    accelerate launch distill.py --preset sd15 --data 'laion/{00000..00999}.tar'
+
+Read `Distillation.steps` first: it is the training loop, from top to bottom, with the lines of Algorithm 1 beside it.
+What it calls stands in splam.py (the mathematics), teacher.py (the model) and training.py (batches, checkpoints, logs).
 """
 
 import argparse
 import copy
+import functools
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.utils.data import Dataset
 
+import splam
 import training
-from comparison import compare, machine, print_table
-from data import BadInput, program, read_prompts, writable_folder
-from kinds import Teacher
-from sample import sample
-from splam import ConsistencyFunction, Draws, draw, ema_update, splad_loss
-from teacher import KINDS, fit_or_load, save_pipeline
+from data import POINTS, BadInput, program, read_prompts, reference_set, writable_folder
+from evaluate import Evaluation, compare, machine, network_seconds, print_comparison
+from sample import n_steps, overview, picture, preview, sample
+from splam import ConsistencyFunction, Draws, ema_update, splad_loss
+from teacher import DiffusionModel, fit_or_load, save
 
-STEPS = [1, 2, 4]
-COMMON = {  # to both recipes of the paper; the batch of 1024 is 64 on each of 16 GPUs
-    "solver_step": 20,
-    "learning_rate": 8e-6,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 0,
-    "adam_weight_decay": 0.0,
-    "max_grad_norm": 10.0,
-    "ema_decay": 0.95,
-    "train_batch_size": 64,
-    "gamma_conditioning": "embedding",
+log = logging.getLogger("distill")
+STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes are command lines. The program reads, one after the other, the recipe of the teacher's kind, the preset if one
+# is named, and what was typed; the later word counts. What none of them mentions has the default of its flag.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    # 2-D points: half a minute, after which one step is off by 4 % of the data's radius. A network this small takes a
+    # large learning rate. A closing table costs seconds here, so there is one.
+    "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
+    # Pixels: minutes of a laptop. A run this short gains from a rate that falls to 0. bf16 is faster where the processor
+    # knows it. The table is evaluate.py's, since it needs a feature extractor.
+    "images": "--max_train_steps 1200 --train_batch_size 64 --learning_rate 3e-4 --lr_scheduler cosine"
+    " --mixed_precision bf16 --validation_steps 500",
+    # Stable Diffusion: the paper's learning rate and number of steps, with a batch that fits one GPU.
+    "text-to-image": "--max_train_steps 6000 --train_batch_size 16 --learning_rate 8e-6"
+    " --mixed_precision bf16 --validation_steps 500",
 }
+# Section 5.1 of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs; no warm-up is mentioned.
+PAPER = (
+    " --gamma_conditioning embedding --solver_step 20 --ema_decay 0.95 --train_batch_size 64 --learning_rate 8e-6"
+    " --lr_scheduler constant --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10"
+)
 PRESETS = {
-    "sd15": {
-        "pretrained_teacher_model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "k": 100,
-        "guidance_w": 3.0,
-        "metric": "huber",
-        "max_train_steps": 6000,
-        **COMMON,
-    },
-    "sd21-base": {
-        "pretrained_teacher_model": "stabilityai/stable-diffusion-2-1-base",
-        "k": 20,
-        "guidance_w": 8.0,
-        "metric": "l2",
-        "max_train_steps": 80000,
-        **COMMON,
-    },
+    # w = 3 is the paper's for its FIDs; its pictures have w = 8. k = 100 are five solver steps.
+    "sd15": "--pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5"
+    " --k 100 --guidance_w 3 --metric huber --max_train_steps 6000" + PAPER,
+    # k = 20 is a single solver step: no multiple estimation.
+    "sd21-base": "--pretrained_teacher_model stabilityai/stable-diffusion-2-1-base"
+    " --k 20 --guidance_w 8 --metric l2 --max_train_steps 80000" + PAPER,
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> training.Parser:
+    """The flags of distill.py, with their defaults and the paper's values."""
+    p = training.Parser(
         prog="distill.py",
         description="Distil a diffusion model into a few-step student with SPLAM.",
         usage="distill.py [flags]",
-        epilog=training.recipe_text("Defaults by kind of teacher", {k.__name__: k.recipe for k in KINDS.values()})
-        + training.recipe_text("\nPresets, of which a flag that is given replaces its part", PRESETS),
+        epilog=training.recipes("Defaults by kind of teacher", RECIPES) + training.recipes("Presets", PRESETS),
         formatter_class=training.Help,
     )
-    p.add_argument(
-        "--pretrained_teacher_model",
-        default="toy:8gaussians",
-        help="toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base",
-    )
-    p.add_argument("--preset", choices=PRESETS, help="a recipe of the paper, printed below")
+    flag = p.add_argument_group("what to distil").add_argument
+    teacher_help = "toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base"
+    flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
+    flag("--preset", choices=PRESETS, help="a recipe of the paper, printed below; flags replace its parts")
     training.add_data_arguments(p)
-    group = p.add_argument_group("method")
-    group.add_argument("--ode", choices=["sl", "dl", "lcm"], default="sl", help="Eq. 12, Eq. 26, or γ = 1; paper: sl")
-    group.add_argument(
-        "--sigma",
-        choices=["approx", "exact"],
-        default="approx",
-        help="σ_γ of ends that share one noise, below Eq. 15, or of a Markov chain, Eq. 24; paper: approx",
-    )
-    group.add_argument(
-        "--metric", choices=["l2", "huber"], default="huber", help="d of Eq. 17; paper: huber for SD1.5, l2 for SD2.1"
-    )
-    group.add_argument("--k", type=int, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
-    group.add_argument("--solver_step", type=int, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
-    group.add_argument(
-        "--num_ddim_timesteps", type=int, default=50, help="evenly spaced times where sub-paths start; paper: 50"
-    )
-    group.add_argument(
-        "--guidance_w", type=float, default=0.0, help="w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
-    )
-    group.add_argument("--ema_decay", type=float, default=0.95, help="of the target network θ⁻; paper: 0.95")
-    group.add_argument(
-        "--gamma_conditioning",
-        choices=["embedding", "time"],
-        default="time",
-        help="the network is told γ, or the time with the same noise-to-signal ratio; paper: embedding",
-    )
-    group.add_argument(
-        "--gamma_draws", type=int, default=1, help="γ for each solved sub-path, sharing the teacher's cost; paper: 1"
-    )
-    group.add_argument(
-        "--gamma_at_one", type=float, default=0.0, help="share of draws with γ = 1, where sampling is; paper: 0"
-    )
-    group = p.add_argument_group("large networks")
-    group.add_argument("--lora_rank", type=int, default=0, help="train a LoRA of this rank instead of all weights")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--torch_compile", action="store_true", help="compile teacher, student and target")
+    flag = p.add_argument_group("method").add_argument
+    flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
+    # Long sub-paths pass errors on from time to time less often. Solved in five steps, they are accurate enough.
+    flag("--k", type=training.positive, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
+    flag("--solver_step", type=training.positive, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
+    # LCM's grid. Its spacing of 20 divides k, so that sub-paths end at times where others start.
+    grid_help = "evenly spaced times where sub-paths start; paper: 50"
+    flag("--num_ddim_timesteps", type=training.positive, default=50, help=grid_help)
+    w_help = "w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
+    flag("--guidance_w", type=training.finite, default=0.0, help=w_help)
+    flag("--metric", choices=splam.METRICS, default="huber", help="d of Eq. 17; paper: huber for SD1.5, l2 for SD2.1")
+    flag("--ema_decay", type=training.share, default=0.95, help="of the target network θ⁻; paper: 0.95")
+    # Ours, and not the authors': in 2-D it makes half the error of their embedding (toy/README.md).
+    gamma_help = "what the network is told of γ: an embedding, or the time with the same noise; paper: embedding"
+    flag("--gamma_conditioning", choices=splam.GAMMA_CONDITIONINGS, default="time", help=gamma_help)
+    sigma_help = "σ_γ below Eq. 15, or Eq. 24, which together with time conditioning tells a wrong time; paper: approx"
+    flag("--sigma", choices=splam.SIGMA_FORMS, default="approx", help=sigma_help)
+    draws_help = "γ for each solved sub-path, sharing its cost; paper: 1"
+    flag("--gamma_draws", type=training.positive, default=1, help=draws_help)
+    one_help = "share of draws with γ = 1, where sampling is; paper: 0"
+    flag("--gamma_at_one", type=training.share, default=0.0, help=one_help)
     training.add_arguments(p)
-    group = p.add_argument_group("validation")
-    group.add_argument("--validation_steps", type=int, help="steps between sample grids; 0 for none")
-    group.add_argument("--num_eval_samples", type=int, help="samples a row of the closing table; 0 for no table")
-    group.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
+    p.set_defaults(lr_scheduler="constant_with_warmup", max_grad_norm=10.0)
+    flag = p.add_argument_group("large networks").add_argument
+    flag("--lora_rank", type=training.count, default=0, help="train a LoRA of this rank instead of all weights")
+    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    flag("--torch_compile", action="store_true", help="compile teacher, student and target")
+    flag = p.add_argument_group("validation and speed").add_argument
+    flag("--validation_steps", type=training.count, default=0, help="steps between sample grids; 0 for none")
+    flag(
+        "--num_eval_samples", type=training.count, default=0, help="samples a row of the closing table; 0 for no table"
+    )
+    flag("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
+    flag("--benchmark", action="store_true", help="time some steps instead: speed, memory, parts of a step")
+    flag("--timed_steps", type=training.two_or_more, default=10, help="of --benchmark")
     return p
 
 
-def check(args: argparse.Namespace, teacher: Teacher) -> None:
-    num_train_timesteps = len(teacher.schedule)
-    training.check_positive(args, "k", "solver_step", "num_ddim_timesteps", "gamma_draws")
+def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, DiffusionModel]:
+    """The flags, read as the comment above RECIPES says, and the teacher, whose kind decides on the recipe."""
+    p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
+    first, _ = p.parse_known_args(typed)
+    typed = [*PRESETS.get(first.preset, "").split(), *typed]
+    first, _ = p.parse_known_args(typed)
+    name = first.pretrained_teacher_model
+    short_name = name.partition(":")[2] if name.startswith(POINTS) else Path(name).name
+    output_dir = first.output_dir or f"runs/{short_name}-{first.ode}"
+    how = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
+    how += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
+    teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", how, first.overwrite)
+    p.set_defaults(data=teacher.default_data, output_dir=output_dir)
+    args = p.parse_args([*RECIPES[teacher.kind].split(), *typed])
+    check(args, teacher)
+    return args, teacher
+
+
+def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
+    """Refuses flags that do not go together, before anything is computed."""
+    times = len(teacher.schedule)
     if args.k % args.solver_step:
         raise BadInput(f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
-    if args.k >= num_train_timesteps:
-        raise BadInput(f"--k must be smaller than the teacher's {num_train_timesteps} time steps")
-    if num_train_timesteps % args.num_ddim_timesteps:
-        raise BadInput(f"--num_ddim_timesteps must divide the teacher's {num_train_timesteps} time steps")
-    if not 0 <= args.gamma_at_one < 1:
-        raise BadInput(f"--gamma_at_one must be in [0, 1), not {args.gamma_at_one}; --ode lcm has γ = 1 alone")
+    if args.k >= times:
+        raise BadInput(f"--k must be smaller than the teacher's {times} time steps")
+    if times % args.num_ddim_timesteps:
+        raise BadInput(f"--num_ddim_timesteps must divide the teacher's {times} time steps")
     if args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one):
         raise BadInput("--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
-    if not 0 <= args.ema_decay < 1:
-        raise BadInput(f"--ema_decay must be in [0, 1), not {args.ema_decay}")
     if args.guidance_w and not teacher.conditional:
         raise BadInput("--guidance_w needs a conditional teacher: this one has no labels")
     if args.data is None:
         raise BadInput("--data is missing: a folder of images, or images with captions")
     if args.num_eval_samples:
-        teacher.reference(args.data, "train", None)  # or the closing table would fail, at the end
+        reference_set(args.data, "train", teacher.resolution)  # or else the closing table would fail, after hours
     if args.gradient_checkpointing and not getattr(teacher.network, "_supports_gradient_checkpointing", False):
         raise BadInput(f"--gradient_checkpointing: a {type(teacher.network).__name__} has none")
-
-
-def forward_passes(args: argparse.Namespace) -> int:
-    """The cost of one sample in a training step, in forward passes of the network, of which forward and backward
-    together are three: teacher, target, student."""
-    teacher = args.k // args.solver_step * (2 if args.guidance_w else 1)
-    return teacher + 1 + args.gamma_draws * (3 + args.gradient_checkpointing)
+    if args.sigma == "exact" and args.gamma_conditioning == "time" and args.ode != "lcm":
+        log.warning(
+            "--sigma exact with --gamma_conditioning time tells the network a wrong time: expect a poor student"
+        )
 
 
 class Distillation:
-    """One run of Algorithm 1: its networks, data and optimizer. `python evaluate.py throughput` times its steps."""
+    """One run of Algorithm 1: the three networks, and the loop. The keyword arguments are for ablations.
 
-    def __init__(self, args: argparse.Namespace, teacher: Teacher):
-        self.args, self.teacher = args, teacher
-        set_seed(args.seed)  # of the γ-projection's weights, before they are made
+    dataset   instead of the teacher's own for `args.data`
+    draw      what is drawn for a step, called like splam.draw
+    solver    what takes x_t to x_s, called like splam.multiple_estimation
+    embed     the embedding of γ, called like splam.gamma_embedding
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        teacher: DiffusionModel,
+        dataset: Dataset | None = None,
+        draw: Callable = splam.draw,
+        solver: Callable = splam.multiple_estimation,
+        embed: Callable = splam.gamma_embedding,
+    ):
+        self.args, self.teacher, self.draw, self.solver = args, teacher, draw, solver
+        # The only random weights of a run are the γ-projection's, made on the next lines. With the seed set here all
+        # processes make the same ones, and so does a repetition of the run.
+        set_seed(args.seed)
         network = teacher.copy_network(args.lora_rank)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        student = ConsistencyFunction(network, teacher.schedule, teacher.prediction_type, args.gamma_conditioning)
+        conditioning = args.gamma_conditioning
+        student = ConsistencyFunction(network, teacher.schedule, teacher.prediction_type, conditioning, embed)
+        # θ⁻ begins as θ. It is copied before accelerate wraps the student for several processes: a wrapped copy would
+        # take part in the gradient's communication.
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
+        # The teacher is never trained, so its weights may be kept in the precision in which it computes.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
-        self.run = training.Run(args, student, teacher.dataset(args), {"target": self.target})
+        self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
         if args.torch_compile:
             for module in (network, self.target.network, teacher.network):
                 module.compile()
 
-    def loss(self, data: Tensor, label: Tensor, draws: Draws) -> Tensor:
-        args, teacher = self.args, self.teacher
-        with self.run.accelerator.autocast():
-            x0, cond = teacher.prepare(data, label)
-            return splad_loss(
-                self.run.model,
-                self.target,
-                lambda x, t: teacher.predict(x, t, cond, args.guidance_w),
-                teacher.schedule,
-                x0,
-                cond,
-                draws,
-                k=args.k,
-                solver_step=args.solver_step,
-                ode=args.ode,
-                sigma=args.sigma,
-                metric=args.metric,
-            )
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """Algorithm 1. Yields the number of each step and its loss, when student and target have been updated."""
+        args, teacher, target, run = self.args, self.teacher, self.target, self.run
+        accelerator, student, schedule, batches = run.accelerator, run.model, teacher.schedule, run.batches()
+        shape, grid = (run.total_batch_size, *teacher.shape), (len(schedule), args.num_ddim_timesteps)
+        method = {"k": args.k, "solver_step": args.solver_step, "solver": self.solver}
+        method |= {"ode": args.ode, "sigma_form": args.sigma, "metric": args.metric}
+        for step in run.steps():
+            # n ~ U{1..N-k}, γ ~ U[0, 1], ε ~ N(0, I): for the batch of the whole step at once. All processes draw the
+            # same numbers and keep their own rows, so the run does not depend on how many processes share it.
+            draws = self.draw(shape, *grid, run.generator(step), args.gamma_draws, args.gamma_at_one)
+            losses = []
+            for micro_step in range(args.gradient_accumulation_steps):
+                data, label = next(batches)  # (x_0, c) ~ D
+                rows = Draws(*run.rows(draws, micro_step))
+                # accumulate: gradients add up, and are exchanged between processes, at the last micro-batch only.
+                with accelerator.accumulate(student):
+                    # autocast: matrix products and convolutions in --mixed_precision. The schedule, the line and the
+                    # distance are not such operations, and stay float32; so do all trained weights.
+                    with accelerator.autocast():
+                        x0, cond = teacher.prepare(data, label)  # z = E(x_0), if there is a VAE; c, if there is text
+                        denoise = functools.partial(teacher.predict, cond=cond, w=args.guidance_w)
+                        # x_t, x̂_s, x_γ, F_θ, F_θ⁻ and d, Eq. 12 to 18: line by line in splam.py
+                        loss = splad_loss(student, target, denoise, schedule, x0, cond, rows, **method)
+                    accelerator.backward(loss)  # ∇_θ L; outside autocast, as PyTorch asks for
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                    run.optimizer.step()  # θ <- θ - η ∇_θ L; does nothing before the last micro-batch
+                    run.optimizer.zero_grad()
+                losses.append(loss.detach())
+            run.lr_scheduler.step()
+            ema_update(target, accelerator.unwrap_model(student), args.ema_decay)  # θ⁻ <- μ θ⁻ + (1 - μ) θ
+            yield step, torch.stack(losses).mean()
 
-    def step(self, step: int, batches: Iterator) -> float:
-        """The optimizer's step number `step`, and the target's; returns the loss."""
-        run, teacher = self.run, self.teacher
-        args, shape = self.args, (run.total_batch_size, *teacher.shape)
-        times = len(teacher.schedule), args.num_ddim_timesteps
-        draws = draw(shape, *times, run.generator(step), args.gamma_draws, args.gamma_at_one)
-        pairs = zip(batches, run.split(draws), strict=True)
-        loss = run.optimize(self.loss(*batch, Draws(*rows)) for batch, rows in pairs)
-        ema_update(self.target, run.accelerator.unwrap_model(run.model), self.args.ema_decay)
-        return loss
+    def student(self) -> DiffusionModel | None:
+        """The few-step model as it is now: the *target's* weights, at γ = 1 and without the γ-projection.
 
-    def student(self) -> Teacher | None:
-        """The few-step model as it is now: the target's weights at γ = 1. Every process calls, the main one gets it."""
+        Every process must call this, since the weights may be spread over all of them; the main one gets the model.
+        """
         weights = training.gathered(self.target.plain_state_dict())
         if not self.run.accelerator.is_main_process:
             return None
-        return self.teacher.student(weights, self.args.num_ddim_timesteps, self.args.lora_rank)
-
-
-def configure(p: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Teacher]:
-    """The flags, whose defaults are the preset's and the teacher's kind's, and the teacher."""
-    first, _ = p.parse_known_args(arguments)
-    preset = PRESETS.get(first.preset, {})
-    p.set_defaults(**preset)
-    first, _ = p.parse_known_args(arguments)
-    teacher = fit_or_load(
-        first.pretrained_teacher_model,
-        writable_folder(first.output_dir) / "teacher",
-        first.seed,
-        first.mixed_precision,
-        class_conditional=first.guidance_w != 0,
-    )
-    p.set_defaults(**{"data": teacher.default_data, **teacher.recipe, **preset})
-    args = p.parse_args(arguments)
-    check(args, teacher)
-    return args, teacher
+        student = self.teacher.student(weights, self.args.num_ddim_timesteps, self.args.lora_rank)
+        return student.to(self.teacher.device)
 
 
 @program
 def main() -> None:
-    args, teacher = configure(parser())
-    folder, prompts = Path(args.output_dir), read_prompts(args.prompts)
+    args, teacher = configure()
+    prompts = read_prompts(args.prompts)
+    if args.benchmark:
+        benchmark(args, teacher)
+        return
     distillation = Distillation(args, teacher)
-    run = distillation.run
-    for step, batches in run:
-        run.log(step, loss=distillation.step(step, batches))
+    run, folder = distillation.run, Path(args.output_dir)
+    # Every process must reach log, checkpoint and student: inside they wait for each other.
+    for step, loss in distillation.steps():
+        run.log(step, loss)
         run.checkpoint(step)
         if args.validation_steps and step % args.validation_steps == 0 and (student := distillation.student()):
-            student.to(run.accelerator.device)
-            grid = teacher.picture(sample(student, range(teacher.pictured), 4, prompts=prompts))
-            grid.save(writable_folder(folder / "samples") / f"step-{step}.png")
+            samples = sample(student, range(preview(student)[0]), STEPS[-1], prompts=prompts)
+            picture(samples, preview(student)[1]).save(writable_folder(folder / "samples") / f"step-{step}.png")
     if student := distillation.student():
-        finish(args, teacher, student, folder)
+        finish(args, teacher, student, prompts)
 
 
-def finish(args: argparse.Namespace, teacher: Teacher, student: Teacher, folder: Path) -> None:
-    """Saves the student, the picture, and metrics.json; prints the table."""
-    save_pipeline(student.pipeline, folder)
-    student.to(teacher.network.device)
-    prompts = read_prompts(args.prompts)
+def finish(args: argparse.Namespace, teacher: DiffusionModel, student: DiffusionModel, prompts: list[str]) -> None:
+    """Saves the student, the picture, and metrics.json; prints the table, if there is to be one."""
+    folder, many = Path(args.output_dir), teacher.many_steps
+    save(student, folder)
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
-    many = max(teacher.evaluation["teacher_steps"])
     if args.num_eval_samples:
-        comparison = compare(
-            {"student": student},
-            teacher,
-            args.data,
-            steps=STEPS,
-            teacher_steps=teacher.evaluation["teacher_steps"],
-            num_samples=args.num_eval_samples,
-            w=args.guidance_w,
-            prompts=prompts,
-        )
-        print_table(comparison)
+        evaluation = Evaluation(teacher, args.data, args.num_eval_samples, prompts=prompts)
+        comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
+        print_comparison(comparison)
         samples = comparison.samples
         metrics |= {"rows": comparison.rows, "reference": comparison.reference}
     else:
-        seeds = range(teacher.pictured)
+        seeds = range(preview(teacher)[0])
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
-        samples |= {f"student, {n} step{'s' * (n > 1)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
-    teacher.overview(samples, args.k).save(folder / "overview.png")
+        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
+    overview(teacher, samples, args.k).save(folder / "overview.png")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
     print(f"{folder}/overview.png  {folder}/metrics.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --benchmark: how fast is a step, and where does its time go?
+# ---------------------------------------------------------------------------------------------------------------------
+
+WARM_UP = 3  # steps that are not counted: memory is allocated, kernels are chosen
+
+
+def forward_passes(args: argparse.Namespace) -> int:
+    """The cost of one sample in a training step, in forward passes of the network: the teacher's m, twice if guided;
+    one of the target; and of the student three for each γ, since a backward pass costs two forward ones."""
+    teacher = args.k // args.solver_step * (2 if args.guidance_w else 1)
+    return teacher + 1 + args.gamma_draws * (3 + args.gradient_checkpointing)
+
+
+def now() -> float:
+    """Seconds, at a moment when all that was asked of a GPU is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> float:
+    """GiB: of an accelerator if there is one, else of the process."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**30
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+
+
+def watch(owner: object, method: str, part: str, seconds: Counter) -> None:
+    """From now on, counts in `seconds[part]` what this method takes."""
+    original = getattr(owner, method)
+
+    def timed(*args, **kwargs):
+        begin = now()
+        result = original(*args, **kwargs)
+        seconds[part] += now() - begin
+        return result
+
+    setattr(owner, method, timed)
+
+
+def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
+    """Times steps as they are, and then as many again with their parts, since each look at a GPU's clock makes it wait.
+    Prints a report and leaves it in OUTPUT_DIR/benchmark."""
+    args.output_dir, args.max_train_steps = f"{args.output_dir}/benchmark", WARM_UP + 2 * args.timed_steps
+    args.overwrite, args.resume_from_checkpoint = True, None
+    distillation = Distillation(args, teacher)
+    run, steps, seconds, parts = distillation.run, distillation.steps(), [], Counter()
+    for i in range(args.max_train_steps):
+        if i == WARM_UP + args.timed_steps:
+            watch(teacher, "prepare", "VAE and text", parts)
+            watch(teacher, "predict", "teacher", parts)
+            watch(distillation.target, "forward", "target", parts)
+            watch(run.model, "forward", "student", parts)
+            watch(run.accelerator, "backward", "student", parts)
+            watch(run.accelerator, "clip_grad_norm_", "optimizer", parts)
+            watch(run.optimizer, "step", "optimizer", parts)
+        begin = now()
+        run.log(*next(steps))
+        seconds.append(now() - begin)
+    timed, watched = seconds[WARM_UP:][: args.timed_steps], seconds[WARM_UP + args.timed_steps :]
+    whole, split = statistics.mean(timed), statistics.mean(watched)
+    parts = {part: total / args.timed_steps for part, total in parts.items()}
+    parts["data, EMA and others"] = split - sum(parts.values())
+    passes, forward = forward_passes(args), network_seconds(teacher, args.train_batch_size, args.mixed_precision)
+    model = passes * forward * args.gradient_accumulation_steps
+    result = {
+        "images/s": run.total_batch_size / whole,
+        "seconds a step": whole,
+        "standard deviation": statistics.stdev(timed),
+        "parts": parts,
+        "peak memory, GiB": peak_memory(),
+        "forward passes": passes,
+        "seconds a forward pass": forward,
+        "ratio to the cost model": whole / model,
+        "machine": machine(),
+        "flags": vars(args),
+    }
+    if not run.accelerator.is_main_process:
+        return
+    (run.folder / "benchmark.json").write_text(json.dumps(result, indent=2))
+    print(f"{result['images/s']:.4g} images/s, {whole:.4g} ± {result['standard deviation']:.2g} s a step", end="")
+    print(f" of {run.total_batch_size}; peak memory {result['peak memory, GiB']:.3g} GiB; {machine()}")
+    for part, value in parts.items():
+        print(f"{part:22} {value:8.4f} s  {100 * value / split:3.0f} %")
+    print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,70 +1,386 @@
-"""How good is a student, and how fast? Four programs:
+"""How good is a student? Two programs:
 
-python evaluate.py STUDENT ...      the table: distances to data and teacher, prompts that were understood, time
-python evaluate.py error MODEL ...  the approximated error of Fig. 2(c), by time step
-python evaluate.py throughput ...   speed, memory and parts of a training step; the flags are distill.py's
-python evaluate.py features ...     trains a classifier whose features stand in for Inception's, without a download
+    python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood, time
+    python evaluate.py error MODEL ...       the approximated error of Fig. 2(c), by time step
+
+Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's features
+(FID, if the network is Inception), and images with prompts also by how well the two agree. Where a PF-ODE has a known
+end, there is something better than a distance between distributions: the *map error*, how far a sample is from the end
+of the teacher's trajectory from the same noise.
 """
 
 import argparse
 import itertools
 import json
-import statistics
+import logging
+import math
+import re
 import sys
 import time
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import training
-from comparison import compare, machine, network_seconds, print_table
-from data import BadInput, Images, load_images, program, read_prompts, writable_folder
-from distill import Distillation, configure, forward_passes, parser
-from kinds import Teacher
-from teacher import load
-from toy import plots
+from data import BadInput, ImageFiles, centre_square, program, read_prompts, reference_set, to_range, writable_folder
+from sample import (
+    add_sampling_arguments,
+    n_steps,
+    overview,
+    preview,
+    read_png,
+    sample_batches,
+    sample_to_folder,
+    to_pixels,
+)
+from teacher import DiffusionModel, load
 
-PROTOCOLS = {  # as the literature does it: --data is the folder of the whole validation set, --prompts the captions
+log = logging.getLogger("evaluate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures. Each is fed with batches, so that sets of any size can be measured: update(samples, texts), and at the end
+# result(), a dictionary by column of the table; then the next set can begin. `name` says below the table what it was.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def wasserstein2(a: Tensor, b: Tensor) -> float:
+    """Exact W2 of two equally large sets of points (n, d), in data units: the best pairing's root mean square distance."""
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.cdist(a.double(), b.double()).square().numpy()
+    rows, columns = linear_sum_assignment(cost)
+    return float(np.sqrt(cost[rows, columns].mean()))
+
+
+def mmd(a: Tensor, b: Tensor) -> float:
+    """RBF maximum mean discrepancy of two sets of points (n, d), averaged over the bandwidths 0.1, 0.3 and 1.
+
+    Unbiased before the root is taken; so of two samples of the same data it may be negative, and then 0 is returned.
+    """
+    n, total = len(a), 0.0
+    aa, bb, ab = (torch.cdist(p.double(), q.double()).square() for p, q in ((a, a), (b, b), (a, b)))
+    for bandwidth in (0.1, 0.3, 1.0):
+        kernel_aa, kernel_bb, kernel_ab = ((-d / (2 * bandwidth**2)).exp() for d in (aa, bb, ab))
+        inside = (kernel_aa.sum() + kernel_bb.sum() - 2 * n) / (n * (n - 1))  # without each point's 1 with itself
+        total += (inside - 2 * kernel_ab.mean()).item() / 3
+    return max(total, 0.0) ** 0.5
+
+
+class PointDistances:
+    """W2 and MMD of 2-D points (B, 2) to reference points."""
+
+    name = "features: the points themselves"
+
+    def __init__(self, reference: Tensor):
+        self.reference, self.batches = reference, []
+
+    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
+        self.batches.append(samples)
+
+    def result(self) -> dict[str, float]:
+        samples, self.batches = torch.cat(self.batches), []
+        n = min(len(samples), len(self.reference), 2048)  # the assignment costs n³
+        reference = self.reference[:n]
+        return {"W2": wasserstein2(samples[:n], reference), "MMD": mmd(samples[:n], reference)}
+
+
+class ImageFeatures:
+    """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
+    and how often it sees the class that the prompt names, if it is a classifier that has names.
+
+    The network is torch-fidelity's Inception ("inception"; then the distance is FID), or a file of toy/features.py (.pt2;
+    FD), which maps images to features (B, D) and logits.
+    """
+
+    def __init__(self, network: str, reference: Tensor | ImageFiles, device: torch.device):
+        self.name, self.device, names = f"features: {network}", device, {"classes": ""}
+        self.distance = "FID" if network == "inception" else "FD"
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # its errors are reported below, in one line
+        try:
+            if network == "inception":
+                from torch_fidelity.utils import create_feature_extractor
+
+                cuda = device.type == "cuda"
+                self.network = create_feature_extractor("inception-v3-compat", ["2048"], cuda=cuda, verbose=False)
+            else:
+                self.network = torch.export.load(network, extra_files=names).module().to(device)
+        except Exception as error:  # a missing file, no network, or a file of another kind, each with its own type
+            raise _cannot_load("feature extractor", network, error) from error
+        self.classes: list[str] = json.loads(names["classes"] or "[]")
+        self.features, self.named, self.right = [], 0, 0
+        parts = torch.arange(len(reference)).split(250)
+        for indices in tqdm(parts, desc="reference", unit="batch", leave=False, mininterval=1):
+            self.update(reference[indices], [])
+        self.reference = self._statistics()
+
+    @torch.no_grad()
+    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
+        """Takes in images and, if they have any, their prompts. A prompt that names no class, or two, is not counted."""
+        for i in range(0, len(samples), 250):
+            features, *logits = self.network(samples[i : i + 250].to(self.device))
+            self.features.append(features.float().cpu())
+            for text, row in zip(texts[i : i + 250], logits[0] if self.classes else (), strict=False):
+                named = [name for name in self.classes if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
+                self.named += len(named) == 1
+                self.right += named == [self.classes[row.argmax()]]
+
+    def _statistics(self) -> dict:
+        from torch_fidelity.metric_fid import fid_features_to_statistics
+
+        features, self.features = torch.cat(self.features), []
+        return fid_features_to_statistics(features)
+
+    def result(self) -> dict[str, float]:
+        from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+        metric = fid_statistics_to_metric(self._statistics(), self.reference, verbose=False)
+        values = {self.distance: metric["frechet_inception_distance"]}
+        if self.named:
+            values["prompt accuracy"] = self.right / self.named
+        self.named = self.right = 0
+        return values
+
+
+class ClipScore:
+    """The mean cosine between image and prompt in a CLIP of open_clip. The model is named as architecture/weights, where
+    weights are a tag of open_clip's or a file."""
+
+    def __init__(self, model: str, device: torch.device):
+        self.name, self.device, self.cosines = f"CLIP: {model}", device, []
+        architecture, _, weights = model.partition("/")
+        if not weights:
+            raise BadInput(f"a CLIP model is named as architecture/weights, not {model}")
+        try:
+            import open_clip
+
+            options = {"pretrained": weights, "device": device}
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, **options)
+            self.tokenize = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # an unknown name, no network, a broken file
+            raise _cannot_load("CLIP model", model, error) from error
+        self.model.eval()
+
+    @torch.no_grad()
+    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
+        """Takes in uint8 images (B, 3, H, W) and their prompts."""
+        for i in range(0, len(texts), 50):
+            images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in samples[i : i + 50])
+            image = self.model.encode_image(torch.stack([self.preprocess(x) for x in images]).to(self.device))
+            text = self.model.encode_text(self.tokenize(texts[i : i + 50]).to(self.device))
+            self.cosines.append(torch.cosine_similarity(image, text).cpu())
+
+    def result(self) -> dict[str, float]:
+        cosines, self.cosines = self.cosines, []
+        return {"CLIP": torch.cat(cosines).mean().item()} if cosines else {}
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> BadInput:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return BadInput(f"cannot load the {what} {name}: {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What samples are measured against, and by what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measures_for(model: DiffusionModel, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list:
+    """The measures for samples of this model."""
+    if clip_model and not model.default_prompts:
+        raise BadInput("--clip_model is for models that are prompted by texts")
+    if len(model.shape) == 1:
+        return [PointDistances(reference)]
+    clip = [ClipScore(clip_model, model.device)] if clip_model else []
+    return [ImageFeatures(features, reference, model.device), *clip]
+
+
+def spread(length: int, n: int) -> Tensor:
+    """At most n indices below `length`, evenly spread, because the files of a data set are sorted by class."""
+    return torch.linspace(0, length - 1, min(length, n)).long()
+
+
+class Evaluation:
+    """All that samplers have in common when they are compared: the data, the measures, and the seeds of their noises."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        data: str,
+        num_samples: int,
+        split: str = "train",
+        features: str = "inception",
+        clip_model: str | None = None,
+        resolution: int | None = None,
+        seed: int = 0,
+        prompts: Sequence[str] = (),
+        batch_size: int | None = None,
+        mixed_precision: str = "no",
+    ):
+        self.model, self.data, self.split, self.resolution = model, data, split, resolution or model.resolution
+        self.seeds, self.batch_size = range(seed, seed + num_samples), min(batch_size or model.batch_size, num_samples)
+        self.options = {"prompts": prompts, "batch_size": self.batch_size, "mixed_precision": mixed_precision}
+        self.texts = list(prompts) or list(model.default_prompts)
+        self.reference = reference_set(data, split, self.resolution)
+        self.measures = measures_for(model, self.reference, features, clip_model)
+
+    def update(self, samples: Tensor, texts: Sequence[str] = ()) -> None:
+        """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8 images)."""
+        if samples.ndim == 4 and samples.is_floating_point():
+            pixels = to_pixels(samples)
+            samples = torch.stack([centre_square(Image.fromarray(x), self.resolution) for x in pixels])
+        for measure in self.measures:
+            measure.update(samples, texts)
+
+    def results(self) -> dict[str, float]:
+        """All measures of what they were shown since the last call."""
+        return {name: value for measure in self.measures for name, value in measure.result().items()}
+
+    def held_out_data(self) -> dict[str, float]:
+        """Real data as if a sampler had made them: the floor, below which differences say nothing."""
+        data = reference_set(self.data, "train" if self.split == "test" else "test", self.resolution)
+        for part in spread(len(data), len(self.seeds)).split(250):
+            self.update(data[part])
+        return self.results()
+
+    def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
+        """Some of the sampler's samples, as many as fit in 1 GiB, and the row of the table.
+
+        With `samples_dir` images are kept there as files, and found there again. Then a first batch is made once more,
+        to be timed.
+        """
+        size, seeds, evaluations = self.batch_size, self.seeds, steps * (2 if w else 1)
+        parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+        network = evaluations * network_seconds(model, size, self.options["mixed_precision"]) / size
+        timed = parts[0] if samples_dir else seeds
+        batches = made = sample_batches(model, timed, steps, w=w, **self.options)
+        if samples_dir:
+            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
+            sample_to_folder(model, seeds, folder, steps, w=w, **self.options)
+            batches = (torch.stack([read_png(folder, seed) for seed in part]) for part in parts)
+        kept, seconds, begin = [], 0.0, time.perf_counter()
+        for part, x in zip(parts, batches, strict=True):
+            seconds += time.perf_counter() - begin  # of sampling, without measuring
+            self.update(x, [self.texts[s % len(self.texts)] for s in part if self.texts])
+            if not kept or (len(kept) + 1) * x.numel() <= 2**28:
+                kept.append(x)
+            begin = time.perf_counter()
+        if samples_dir:
+            list(made)
+            seconds = time.perf_counter() - begin
+        times = {"ms/sample": 1000 * seconds / len(timed), "network": 1000 * network}
+        return torch.cat(kept), {"evaluations": evaluations, **self.results(), **times}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """A table, one dictionary a row; some samples of each row; and what they were measured against."""
+
+    rows: list[dict]
+    samples: dict[str, Tensor]
+    reference: str
+
+
+@torch.no_grad()
+def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str) -> float:
+    """Seconds of one bare network call on a batch: the least of three, after one to warm up."""
+    seconds, labels = [], model.labels([])
+    x = torch.randn(batch_size, *model.shape, device=model.device, dtype=next(model.network.parameters()).dtype)
+    cond = model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device))
+    t = torch.full((batch_size,), len(model.schedule) - 1, device=model.device)
+    with training.autocast(model.device, mixed_precision):
+        for _ in range(4):
+            begin = time.perf_counter()
+            model.network(x, t, **cond).sample.sum().item()  # to read a number is to wait for a GPU
+            seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
+
+
+def compare(
+    evaluation: Evaluation,
+    students: dict[str, DiffusionModel],
+    steps: Sequence[int],
+    teacher_steps: Sequence[int],
+    w: float,
+    samples_dir: str | None = None,
+) -> Comparison:
+    """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same noises.
+
+    "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from the
+    same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one.
+    "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
+    """
+    teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seeds[0]))
+    shown = reference[order[: preview(teacher)[0]]]
+    samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
+    try:
+        rows.append({"sampler": "held-out data", **evaluation.held_out_data()})
+    except BadInput as error:
+        log.warning("no row of held-out data: %s", error)
+    plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
+    plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
+    for name, model, n, guidance in plan:
+        x, values = evaluation.sampler(model, n, guidance, samples_dir)
+        row = {"sampler": name, "steps": n, **values}
+        if endpoint is None and model is teacher:
+            endpoint = x
+        elif endpoint is not None and (model is teacher or n == 1):
+            row["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
+        samples[f"{name}, {n_steps(n)}"] = x
+        rows.append(row)
+    against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
+    names = ", ".join(measure.name for measure in evaluation.measures)
+    count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
+    return Comparison(rows, samples, f"{count}, against {against}, {names}")
+
+
+def print_rows(rows: Sequence[dict]) -> None:
+    """A line for each row, under the names of all columns."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns]
+    for row in rows:
+        values = [row.get(column, "-") for column in columns]
+        lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *rest in lines:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True))]))
+
+
+def print_comparison(comparison: Comparison) -> None:
+    print_rows(comparison.rows)
+    print(f"{comparison.reference}; {machine()}")
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+# Published protocols, as command lines that are read before what was typed. --data is then the folder of the whole
+# validation set, and --prompts its captions.
+PROTOCOLS = {
     # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
-    "coco2014-30k": {"num_samples": 30000, "resolution": 256, "clip_model": "ViT-g-14/laion2b_s12b_b42k"},
+    "coco2014-30k": "--num_samples 30000 --resolution 256 --clip_model ViT-g-14/laion2b_s12b_b42k",
     # FID-5k of guided distillation (Meng et al.): at the size that the model makes.
-    "coco2017-5k": {"num_samples": 5000, "clip_model": "ViT-g-14/laion2b_s12b_b42k"},
+    "coco2017-5k": "--num_samples 5000 --clip_model ViT-g-14/laion2b_s12b_b42k",
 }
 
 
-def table() -> None:
-    p = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description="Print the table of students and their teacher. Others: evaluate.py error, throughput, features.",
-        epilog=training.recipe_text("Protocols, of which a flag that is given replaces its part", PROTOCOLS),
-        formatter_class=training.Help,
-    )
-    p.add_argument("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
-    p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
-    p.add_argument("--teacher_steps", type=int, nargs="*", help="of DDIM; empty for no teacher")
-    p.add_argument("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
-    p.add_argument("--data", help="the reference set; default: what the first student was distilled with")
-    p.add_argument("--split", default="train", help="of the data, the reference set")
-    p.add_argument("--protocol", choices=PROTOCOLS, help="a published one, printed below")
-    p.add_argument("--features", default="inception", help='"inception", or a network exported by torch.export (.pt2)')
-    p.add_argument("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
-    p.add_argument("--resolution", type=int, help="to which all images are brought; default: the model's own")
-    p.add_argument("--num_samples", type=int, help="a row")
-    p.add_argument("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
-    p.add_argument("--seed", type=int, default=0, help="of the first sample")
-    p.add_argument("--guidance_w", type=float, help="of the teacher; default: the one it was distilled with")
-    p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
-    p.add_argument("--batch_size", type=int, help="default: by kind of model")
-    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
-    first, _ = p.parse_known_args()
-    p.set_defaults(**PROTOCOLS.get(first.protocol, {}))
-    args = p.parse_args()
-    training.check_positive(args, "num_samples", "batch_size", "resolution")
+def table(args: argparse.Namespace) -> None:
+    """The subcommand: compares students, and leaves evaluation.json and .png in the first one's folder."""
     if args.protocol and not args.prompts:
         raise BadInput(f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
@@ -77,28 +393,18 @@ def table() -> None:
             setattr(args, name, trained_with[name])
     device = training.process().device
     students, teacher = {name: load(name).to(device) for name in args.students}, load(args.pretrained_teacher_model)
-    comparison = compare(
-        students if len(students) > 1 else {"student": students[args.students[0]]},
-        teacher.to(device),
-        args.data,
-        steps=args.steps,
-        teacher_steps=teacher.evaluation["teacher_steps"] if args.teacher_steps is None else args.teacher_steps,
-        num_samples=args.num_samples or teacher.evaluation["num_samples"],
-        features=args.features,
-        clip_model=args.clip_model,
-        resolution=args.resolution,
-        split=args.split,
-        seed=args.seed,
-        w=args.guidance_w,
-        prompts=read_prompts(args.prompts),
-        batch_size=args.batch_size,
-        mixed_precision=args.mixed_precision,
-        samples_dir=args.samples_dir,
-    )
-    print_table(comparison)
+    if len(students) == 1:
+        students = {"student": students[args.students[0]]}
+    same = "split features clip_model resolution seed batch_size mixed_precision".split()
+    options = {name: getattr(args, name) for name in same} | {"prompts": read_prompts(args.prompts)}
+    evaluation = Evaluation(teacher.to(device), args.data, args.num_samples, **options)
+    teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
+    comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
+    print_comparison(comparison)
     writable_folder(folder)
-    teacher.overview(comparison.samples, trained_with.get("k", 100)).save(folder / "evaluation.png")
-    result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
+    overview(teacher, comparison.samples, trained_with.get("k", 100)).save(folder / "evaluation.png")
+    flags = {name: value for name, value in vars(args).items() if name != "run"}
+    result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": flags}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2))
     print(f"{folder}/evaluation.png  {folder}/evaluation.json")
 
@@ -110,9 +416,9 @@ def table() -> None:
 
 @torch.no_grad()
 def approximated_errors(
-    model: Teacher, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], w: float
+    model: DiffusionModel, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], w: float
 ) -> Tensor:
-    """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves.
+    """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves, by t.
 
     Neighbours on a trajectory are simulated as for the paper's figure: the same noise on the same x_0.
     """
@@ -127,23 +433,10 @@ def approximated_errors(
     return torch.stack(squares)
 
 
-def error() -> None:
-    p = argparse.ArgumentParser(
-        prog="evaluate.py error",
-        description="By time step, how far predictions of x_0 at neighbouring times are apart: Fig. 2(c).",
-        formatter_class=training.Help,
-    )
-    p.add_argument("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
-    training.add_data_arguments(p)
-    p.add_argument("--num_samples", type=int, default=1000, help="paper: 1000")
-    p.add_argument("--interval", type=int, default=20, help="between neighbours, in time steps; paper: 20")
-    p.add_argument("--guidance_w", type=float, default=0.0, help="of the teachers among the models")
-    p.add_argument("--seed", type=int, default=0, help="of data and noise")
-    p.add_argument("--batch_size", type=int, default=100)
-    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
-    p.add_argument("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
-    args = p.parse_args()
-    training.check_positive(args, "num_samples", "interval", "batch_size")
+def error(args: argparse.Namespace) -> None:
+    """The subcommand: a curve for each model, printed, plotted, and written as .json."""
+    from toy import plots
+
     out, device = Path(args.out), training.process().device
     writable_folder(out.parent)
     models = [load(name).to(device) for name in args.models]
@@ -153,8 +446,9 @@ def error() -> None:
     times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as the paper
     if len(times) < 2:
         raise BadInput(f"--interval {args.interval} leaves no neighbours")
-    count, curves = -(-args.num_samples // args.batch_size), {model.name: 0 for model in models}
-    batches = training.stream_batches(models[0].dataset(args), 0, batch_size=args.batch_size, seed=args.seed)
+    size = args.batch_size or 100
+    count, curves = math.ceil(args.num_samples / size), {model.name: 0 for model in models}
+    batches = training.stream_batches(models[0].dataset(args), 0, batch_size=size, seed=args.seed)
     for i, (data, label) in enumerate(tqdm(itertools.islice(batches, count), total=count, unit="batch", leave=False)):
         x0, _ = models[0].prepare(data.to(device), label.to(device))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
@@ -171,206 +465,58 @@ def error() -> None:
     out.with_suffix(".json").write_text(json.dumps({"t": times[:-1], **curves}))
     width = max(map(len, curves))
     for name, values in {"t": times[:-1], **curves}.items():
-        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: -(-len(values) // 8)]))
-    print(f"{count * args.batch_size} samples of {args.data}; {machine()}; {out}")
+        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: math.ceil(len(values) / 8)]))
+    print(f"{count * size} samples of {args.data}; {machine()}; {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed and memory of training
-# ---------------------------------------------------------------------------------------------------------------------
-
-WARM_UP = 3  # steps
-
-
-def now() -> float:
-    """Seconds, when all that was asked of a GPU is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-class Stopwatch:
-    """Counts the seconds that methods take, by the part of a training step that they belong to."""
-
-    def __init__(self):
-        self.seconds = Counter()
-
-    def watch(self, owner: object, method: str, part: str) -> None:
-        original = getattr(owner, method)
-
-        def timed(*args, **kwargs):
-            begin = now()
-            result = original(*args, **kwargs)
-            self.seconds[part] += now() - begin
-            return result
-
-        setattr(owner, method, timed)
-
-
-def peak_memory() -> float:
-    """GiB: of an accelerator if there is one, else of the process."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated() / 2**30
-    import resource  # not on every system
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
-
-
-def throughput() -> None:
-    p = parser()
-    p.prog, p.usage = "evaluate.py throughput", "evaluate.py throughput [flags]"
-    p.description = "Measure a training step of distill.py, with the same flags: speed, memory, and where time goes."
-    p.add_argument("--timed_steps", type=int, default=10)
-    p.set_defaults(output_dir="runs/throughput")
-    args, teacher = configure(p)
-    if args.timed_steps < 2:
-        raise BadInput("--timed_steps must be 2 or more, for their deviation")
-    args.max_train_steps = WARM_UP + 2 * args.timed_steps
-    distillation = Distillation(args, teacher)
-    run, watch, seconds = distillation.run, Stopwatch(), []
-    for step, batches in run:
-        if step == WARM_UP + args.timed_steps + 1:  # separately, since every look at a GPU's clock makes it wait
-            for owner, method, part in (
-                (teacher, "prepare", "VAE and text"),
-                (teacher, "predict", "teacher"),
-                (distillation.target, "forward", "target"),
-                (run.model, "forward", "student"),
-                (run.accelerator, "backward", "student"),
-                (run.accelerator, "clip_grad_norm_", "optimizer"),
-                (run.optimizer, "step", "optimizer"),
-            ):
-                watch.watch(owner, method, part)
-        begin = now()
-        distillation.step(step, batches)
-        seconds.append(now() - begin)
-    timed, watched = seconds[WARM_UP:][: args.timed_steps], seconds[WARM_UP + args.timed_steps :]
-    whole, split = statistics.mean(timed), statistics.mean(watched)
-    parts = {part: total / args.timed_steps for part, total in watch.seconds.items()}
-    parts["data, EMA and others"] = split - sum(parts.values())
-    passes = forward_passes(args)
-    forward = network_seconds(teacher, args.train_batch_size, args.mixed_precision)
-    model = passes * forward * args.gradient_accumulation_steps
-    result = {
-        "images/s": run.total_batch_size / whole,
-        "seconds a step": whole,
-        "standard deviation": statistics.stdev(timed),
-        "parts": parts,
-        "peak memory, GiB": peak_memory(),
-        "forward passes": passes,
-        "seconds a forward pass": forward,
-        "ratio to the cost model": whole / model,
-        "machine": machine(),
-        "flags": vars(args),
-    }
-    if not run.accelerator.is_main_process:
-        return
-    (run.folder / "throughput.json").write_text(json.dumps(result, indent=2))
-    print(f"{result['images/s']:.4g} images/s, {whole:.4g} ± {result['standard deviation']:.2g} s a step", end="")
-    print(f" of {run.total_batch_size}; peak memory {result['peak memory, GiB']:.3g} GiB; {machine()}")
-    for part, value in parts.items():
-        print(f"{part:22} {value:8.4f} s  {100 * value / split:3.0f} %")
-    print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features without a download
+# The programs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _convolution(inside: int, outside: int, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class Classifier(nn.Module):
-    """A small residual network: pixels 0..255 (B, 3, H, W) -> (features (B, 256), logits (B, classes))."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            _convolution(3, 32),
-            _convolution(32, 64, pool=True),
-            Residual(_convolution(64, 64), _convolution(64, 64)),
-            _convolution(64, 128, pool=True),
-            _convolution(128, 256, pool=True),
-            Residual(_convolution(256, 256), _convolution(256, 256)),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(256, classes)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(pixels.float() / 127.5 - 1)
-        return features, self.head(features)
-
-
-@torch.no_grad()
-def accuracy(classifier: nn.Module, images: Images, device: torch.device) -> float:
-    right = 0
-    for pixels, labels in zip(images.samples.split(250), images.labels.split(250), strict=True):
-        right += (classifier(pixels.to(device))[1].argmax(1).cpu() == labels).sum().item()
-    return right / len(images.labels)
-
-
-def features() -> None:
-    p = argparse.ArgumentParser(prog="evaluate.py features", description="Train a classifier and export its features.")
-    p.add_argument("--data", required=True, help="folder of images with the splits train and test")
-    p.add_argument("--out", required=True, help="the exported network, .pt2")
-    p.add_argument("--resolution", type=int, help="images are resized and cropped to it; default: their own")
-    training.add_arguments(p)
-    p.set_defaults(
-        output_dir="runs/features",
-        max_train_steps=3200,
-        train_batch_size=128,
-        learning_rate=4e-3,
-        adam_weight_decay=0.02,
-        lr_scheduler="cosine",
-        lr_warmup_steps=300,
-        mixed_precision="bf16",
+def parser() -> training.Parser:
+    """The flags of both programs."""
+    p = training.Parser(prog="evaluate.py", description="Measure students and their teacher.")
+    programs = p.add_subparsers(required=True, metavar="table|error")
+    t = programs.add_parser("table", help="compare students with their teacher", formatter_class=training.Help)
+    t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
+    t.add_argument("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
+    t.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
+    teacher_steps_help = "of DDIM (default: 1, 2, 4 and 50, or 1000 for points; none given: no teacher)"
+    t.add_argument("--teacher_steps", type=int, nargs="*", help=teacher_steps_help)
+    t.add_argument("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
+    t.add_argument("--guidance_w", type=training.finite, help="of the teacher (default: as it was distilled with)")
+    t.add_argument("--data", help="the reference set (default: what the first student was distilled with)")
+    t.add_argument("--split", default="train", help="of the data, the reference set")
+    t.add_argument("--protocol", choices=PROTOCOLS, help="a published one, printed below")
+    t.add_argument("--features", default="inception", help='"inception", or a file of toy/features.py')
+    t.add_argument("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
+    t.add_argument("--resolution", type=training.positive, help="of all images (default: the model's own)")
+    t.add_argument("--num_samples", type=training.positive, default=5000, help="a row")
+    t.add_argument("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
+    t.set_defaults(run=table)
+    e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)", formatter_class=training.Help)
+    e.add_argument("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
+    e.add_argument(
+        "--interval", type=training.positive, default=20, help="between neighbours, in time steps; paper: 20"
     )
-    args = p.parse_args()
-    out = Path(args.out)
-    writable_folder(out.parent)
-    set_seed(args.seed)  # of the initial weights
-    images = load_images(args.data, "train", args.resolution, mirror=True)
-    test = load_images(args.data, "test", resolution=images.samples.shape[-1])
-    run = training.Run(args, Classifier(len(images.classes)), images, averages={})
-
-    def loss_of(x: Tensor, label: Tensor, dx: int, dy: int) -> Tensor:
-        x = nn.functional.pad(x, (4, 4, 4, 4), mode="reflect").roll((dy, dx), (2, 3))[:, :, 4:-4, 4:-4]
-        _, logits = run.model((x + 1) * 127.5)
-        return cross_entropy(logits.float(), label, label_smoothing=0.1)
-
-    for step, batches in run:
-        shift = torch.randint(-4, 5, (2,), generator=run.generator(step)).tolist()
-        run.log(step, loss=run.optimize(loss_of(x, label, *shift) for x, label in batches))
-        run.checkpoint(step)
-    classifier = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False).eval()
-    result = accuracy(classifier, test, run.accelerator.device)
-    exported = torch.export.export(
-        classifier.cpu(), (images.samples[:2],), dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}}
-    )
-    draft = out.with_name(out.name + ".tmp.pt2")
-    torch.export.save(exported, draft, extra_files={"classes": json.dumps(images.classes)})
-    draft.replace(out)
-    print(f"test accuracy {100 * result:.2f} % on {len(test.labels)} images; {out}")
-
-
-PROGRAMS = {"error": error, "throughput": throughput, "features": features}
+    e.add_argument("--guidance_w", type=training.finite, default=0.0, help="of the teachers among the models")
+    e.add_argument("--num_samples", type=training.positive, default=1000, help="paper: 1000")
+    e.add_argument("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
+    e.set_defaults(run=error)
+    training.add_data_arguments(e)
+    for program_parser in (t, e):
+        add_sampling_arguments(program_parser)
+    return p
 
 
 @program
 def main() -> None:
-    if named := PROGRAMS.get(sys.argv[1] if len(sys.argv) > 1 else ""):
-        del sys.argv[1]
-        named()
-    else:
-        table()
+    typed = sys.argv[1:]
+    first, _ = parser().parse_known_args(typed)
+    protocol = PROTOCOLS.get(getattr(first, "protocol", None), "").split()
+    args = parser().parse_args([typed[0], *protocol, *typed[1:]])
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,42 @@
-"""Few-step sampling of a student, and many-step sampling of its teacher from the same noise."""
+"""Few-step sampling of students, many-step sampling of teachers from the same noise, and pictures of both.
 
-import argparse
+    python sample.py runs/cifar-student --steps 4 --out samples.png
+    python sample.py TEACHER STUDENT --steps 1 2 4 --prompts "a photo of a cat" --out grid.png
+
+Sample i has the seed `--seed` + i and nothing else: not its batch, not its device, not the model. So the rows of a picture
+show what different models make of the same noise, and an interrupted folder of 30,000 images can be filled up later.
+"""
+
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 import training
-from data import BadInput, program, read_prompts, writable_folder
-from kinds import Teacher
-from splam import ConsistencyFunction, few_step_sample, few_step_times
-from teacher import load
+from data import BadInput, program, read_prompts, to_range, writable_folder
+from splam import ConsistencyFunction, few_step_sample, few_step_times, sub_path_point
+from teacher import DiffusionModel, load
 
-SCHEDULERS = ("lcm", "ddim", "dpmsolver++")
+SAMPLERS = ("lcm", "ddim", "dpmsolver++")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class SeededNoise:
-    """Standard normal noise with a seed per sample, so that a sample does not depend on its batch or on the device."""
+    """Standard normal noise (B, ...), each sample's from a generator of its own; every call continues them.
 
-    def __init__(self, shape: tuple[int, ...], seeds: range, device: torch.device):
+    The generators are the CPU's, because a GPU's give other numbers for the same seed.
+    """
+
+    def __init__(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device):
         self.shape, self.device = shape, device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -31,23 +45,27 @@ class SeededNoise:
         return torch.stack(noise).to(self.device)
 
 
-def states(
-    model: Teacher, noise: SeededNoise, steps: int, scheduler: str, cond: dict[str, Tensor], w: float
+def sampler_steps(
+    model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict[str, Tensor], w: float
 ) -> Iterator[Tensor]:
-    """The state after each step of one batch, the last of which is the sample.
+    """One batch's state after each step; the last is the sample.
 
-    "lcm" is the student's sampler (Eq. 19, repeated): its states are predictions of x_0. "ddim" and "dpmsolver++" are
-    diffusers' solvers of the PF-ODE, fed with the guided ε. They start at time N-1 ("trailing" spacing), where the
-    noise really is pure, and do not clip x_0: that would be another ODE than the one that is distilled.
+    "lcm" is the student's sampler, Eq. 19 repeated. "ddim" and "dpmsolver++" are diffusers' solvers of the PF-ODE, fed
+    with the guided ε. Two settings matter for a fair comparison with a student: they start at the last time, N-1, where
+    x really is pure noise ("trailing" spacing), and they do not clip x_0, which would be another ODE than the one that
+    was distilled.
     """
-    config, x = model.pipeline.scheduler.config, noise()
-    if scheduler == "lcm":
+    x = noise()
+    if sampler == "lcm":
         times = few_step_times(steps, len(model.schedule), model.original_inference_steps)
-        function = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
-        yield from few_step_sample(function, model.schedule, x, times, noise, **cond)
+        student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
+        yield from few_step_sample(student, model.schedule, x, times, noise, **cond)
         return
-    kind = DDIMScheduler if scheduler == "ddim" else DPMSolverMultistepScheduler
-    solver = kind.from_config(config, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False)
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    options = {"prediction_type": "epsilon", "timestep_spacing": "trailing", "clip_sample": False}
+    solver = kind.from_config(model.scheduler.config, **options)
     solver.set_timesteps(steps, device=x.device)
     for t in solver.timesteps:
         _, eps = model.predict(x, t.expand(len(x)), cond, w)
@@ -55,76 +73,171 @@ def states(
         yield x
 
 
+def default_sampler(model: DiffusionModel) -> str:
+    return "lcm" if model.is_student else "ddim"
+
+
 @torch.no_grad()
 def sample_batches(
-    model: Teacher,
+    model: DiffusionModel,
     seeds: Sequence[int],
     steps: int,
-    scheduler: str | None = None,
+    sampler: str | None = None,
     *,
     w: float = 0.0,
     prompts: Sequence[str] = (),
     batch_size: int | None = None,
     mixed_precision: str = "no",
 ) -> Iterator[Tensor]:
-    """One sample for each seed, batch by batch on the CPU. The seed s takes prompt s, modulo their number."""
-    scheduler, batch_size = scheduler or default_scheduler(model), batch_size or model.evaluation["batch_size"]
-    limit = model.original_inference_steps if scheduler == "lcm" else len(model.schedule)
+    """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number."""
+    sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
+    limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
     if not 1 <= steps <= limit:
-        raise BadInput(f"{scheduler} takes 1 to {limit} steps, not {steps}")
-    if w and scheduler == "lcm":
+        raise BadInput(f"{sampler} takes 1 to {limit} steps, not {steps}")
+    if w and sampler == "lcm":
         raise BadInput("guidance is for the teacher: what a student was distilled with is in its weights")
-    labels, device = model.labels(prompts), model.network.device
+    labels = model.labels(prompts)
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    for batch in tqdm(batches, desc=f"{scheduler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
-        label = labels[torch.tensor(batch) % len(labels)].to(device)
-        with training.autocast(device, mixed_precision):
-            noise, cond = SeededNoise(model.shape, batch, device), model.condition(label)
-            *_, last = states(model, noise, steps, scheduler, cond, w)
+    for batch in tqdm(batches, desc=f"{sampler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
+        label = labels[torch.tensor(batch) % len(labels)].to(model.device)
+        with training.autocast(model.device, mixed_precision):
+            noise, cond = SeededNoise(model.shape, batch, model.device), model.condition(label)
+            *_, last = sampler_steps(model, noise, steps, sampler, cond, w)
         yield model.decode(last).cpu()
 
 
-def default_scheduler(model: Teacher) -> str:
-    return "lcm" if model.is_student else "ddim"
-
-
-def sample(model: Teacher, seeds: Sequence[int], steps: int, scheduler: str | None = None, **options) -> Tensor:
+def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, sampler: str | None = None, **options) -> Tensor:
     """`sample_batches` as one tensor, (len(seeds), ...)."""
-    return torch.cat(list(sample_batches(model, seeds, steps, scheduler, **options)))
+    return torch.cat(list(sample_batches(model, seeds, steps, sampler, **options)))
 
 
 def png(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
+def read_png(folder: Path, seed: int) -> Tensor:
+    """A sample that was saved as a picture: (3, H, W) in [-1, 1]."""
+    with Image.open(png(folder, seed)) as image:
+        return to_range(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
 def sample_to_folder(
-    model: Teacher, seeds: Sequence[int], folder: Path, steps: int, scheduler: str | None = None, **options
+    model: DiffusionModel, seeds: Sequence[int], folder: Path, steps: int, sampler: str | None = None, **options
 ) -> None:
-    """Sample s becomes `folder`/s.png. What an interrupted call left is kept; several processes share the work."""
+    """Sample s becomes `folder`/s.png. What an interrupted call has left is kept, and several processes share the work.
+
+    samples.json says how the images were made. A folder of images that were made otherwise is refused: a student that
+    was trained further has the same name, so a sum of its weights is recorded too.
+    """
+    if len(model.shape) == 1:
+        raise BadInput("points are not kept in files")
     state, record = training.process(), writable_folder(folder) / "samples.json"
-    scheduler = scheduler or default_scheduler(model)
+    sampler = sampler or default_sampler(model)
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
-    made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": scheduler, **options}
+    made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it
     text = json.dumps(made, indent=2)
     if record.is_file() and record.read_text() != text:
         raise BadInput(f"{folder} holds samples of another model, or made with other flags: see {record}")
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
         record.write_text(text)
     missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
     done = iter(missing)
-    for batch in sample_batches(model, missing, steps, scheduler, **options):
-        for one, seed in zip(batch, done, strict=False):
+    for batch in sample_batches(model, missing, steps, sampler, **options):
+        for pixels, seed in zip(to_pixels(batch), done, strict=False):
             draft = png(folder, seed).with_suffix(".tmp")
-            model.picture(one[None], columns=1).save(draft, "PNG")
+            Image.fromarray(pixels).save(draft, "PNG")
             draft.replace(png(folder, seed))
     state.wait_for_everyone()
 
 
-@program
-def main() -> None:
-    p = argparse.ArgumentParser(
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures. What a sample is shows in its shape: points are (B, 2), images (B, 3, H, W) in [-1, 1].
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_pixels(samples: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded as diffusers' image processor does."""
+    return ((samples / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def preview(model: DiffusionModel) -> tuple[int, int]:
+    """How many samples a picture of the model shows, and in how many columns: one for each of its default prompts."""
+    if len(model.shape) == 1:
+        return 4096, 1
+    n = len(model.default_prompts)
+    return (n, n) if n else (64, 8)
+
+
+def picture(samples: Tensor, columns: int = 8) -> Image.Image:
+    """One picture of a batch of points or images."""
+    if samples.ndim == 2:
+        from toy import plots  # matplotlib is not needed for images
+
+        return plots.scatter(samples)
+    from torchvision.utils import make_grid
+
+    return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
+
+
+def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
+    """One picture of several batches under their names. Of points also the model's PF-ODE, cut into sub-paths of k."""
+    if len(model.shape) == 1:
+        from toy import plots
+
+        return plots.overview(panels, plots.SubPath(*_sub_path(model, k)))
+    from matplotlib.font_manager import findfont
+
+    columns = preview(model)[1]
+    rows = [(name, picture(samples[:columns], columns)) for name, samples in panels.items()]
+    scale = max(1, 800 // rows[0][1].width)
+    width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
+    image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 11)  # comes with matplotlib, and has Greek letters
+    for i, (name, row) in enumerate(rows):
+        ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black", font=font)
+        image.paste(row.resize((width, height), Image.Resampling.NEAREST), (0, i * (height + text) + text))
+    return image
+
+
+@torch.no_grad()
+def _sub_path(model: DiffusionModel, k: int, n: int = 5) -> tuple:
+    """The values of plots.SubPath: n trajectories of the PF-ODE from time N-1 to 0, and a sub-path of length k of one.
+
+    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell.
+    """
+    x, last = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device), len(model.schedule) - 1
+    states = [x]  # states[last - t] is at time t
+    for time in range(last, 0, -1):
+        t = torch.full((n,), time, device=x.device)
+        x0, eps = model.predict(states[-1], t, {})
+        alpha, sigma = model.schedule.at(t - 1, 2)
+        states.append(alpha * x0 + sigma * eps)
+    paths, start = torch.stack(states).cpu(), min(last, max(499, k))
+    piece = paths[last - start : last - start + k + 1, 0]
+    alpha, _ = model.schedule.at(torch.arange(start, start - k - 1, -1), 2)
+    t, gamma = torch.full((11,), start), torch.linspace(0, 1, 11)
+    line = sub_path_point(piece[:1], piece[-1:], t, t - k, gamma, model.schedule, "sl", "approx").x
+    return paths, piece, alpha, line, f"t = {start}, s = {start - k}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_sampling_arguments(parser: training.Parser) -> None:
+    """Flags of every program that samples."""
+    parser.add_argument("--seed", type=training.count, default=0, help="of the first sample; the i-th has it plus i")
+    parser.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
+    parser.add_argument("--batch_size", type=training.positive, help="samples at a time (default: by kind of model)")
+    parser.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
+
+
+def parser() -> training.Parser:
+    """The flags of sample.py."""
+    p = training.Parser(
         prog="sample.py",
         description="Sample from students and teachers, all from the same noise.",
         formatter_class=training.Help,
@@ -132,43 +245,50 @@ def main() -> None:
     p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
     p.add_argument("--steps", type=int, nargs="+", help="of students: network evaluations (default 4; paper: 1 to 4)")
     p.add_argument("--teacher_steps", type=int, nargs="+", help="of teachers (default 50)")
-    p.add_argument("--scheduler", choices=SCHEDULERS, help="default: lcm for a student, ddim for a teacher")
-    p.add_argument("--num_images", type=int, help="default: 64, or in a picture of several rows one row's")
-    p.add_argument("--seed", type=int, default=0, help="of the first sample; sample i has the seed plus i")
-    p.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
-    p.add_argument("--guidance_w", type=float, default=0.0, help="eps + w (eps - eps_uncond), for teachers")
-    p.add_argument("--batch_size", type=int, help="default: by kind of model")
-    p.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no")
+    p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
+    p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
+    p.add_argument("--num_images", type=training.positive, help="default: 64, or one row in a picture of several rows")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
-    args = p.parse_args()
-    training.check_positive(args, "num_images", "batch_size")
-    out, plan, steps = Path(args.out), [], {"lcm": args.steps or [4]}
+    add_sampling_arguments(p)
+    return p
+
+
+@program
+def main() -> None:
+    args = parser().parse_args()
+    out, prompts = Path(args.out), read_prompts(args.prompts)
     writable_folder(out.parent if out.suffix == ".png" else out)
+    plan = []  # (model, sampler, steps), a row of the picture or a folder each
     for name in args.models:
         model = load(name).to(training.process().device)
-        scheduler = args.scheduler or default_scheduler(model)
-        plan += [(model, scheduler, n) for n in steps.get(scheduler, args.teacher_steps or [50])]
-    schedulers = {scheduler for _, scheduler, _ in plan}
-    if schedulers == {"lcm"} and (args.guidance_w or args.teacher_steps):
+        sampler = args.scheduler or default_sampler(model)
+        steps = args.steps or [4] if sampler == "lcm" else args.teacher_steps or [50]
+        plan += [(model, sampler, n) for n in steps]
+    samplers = {sampler for _, sampler, _ in plan}
+    if samplers == {"lcm"} and (args.guidance_w or args.teacher_steps):
         raise BadInput("--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
-    if "lcm" not in schedulers and args.steps:
+    if "lcm" not in samplers and args.steps:
         raise BadInput("--steps is for students; a teacher takes --teacher_steps")
-    seeds = range(args.seed, args.seed + (args.num_images or (64 if len(plan) == 1 else plan[0][0].columns)))
-    prompts, rows = read_prompts(args.prompts), {}
-    for model, scheduler, n in plan:
-        w = 0.0 if scheduler == "lcm" else args.guidance_w
+    number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
+    seeds, rows = range(args.seed, args.seed + number), {}
+    for model, sampler, n in plan:
+        w = 0.0 if sampler == "lcm" else args.guidance_w
         options = {"w": w, "prompts": prompts, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
         if out.suffix == ".png":
-            name = f"{model.name}, {scheduler}, {n} step{'s' * (n > 1)}" + f", w = {w:g}" * bool(w)
-            rows[name] = sample(model, seeds, n, scheduler, **options)
+            guidance = f", w = {w:g}" if w else ""
+            rows[f"{model.name}, {sampler}, {n_steps(n)}{guidance}"] = sample(model, seeds, n, sampler, **options)
         else:
-            folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{scheduler}-{n}"
-            sample_to_folder(model, seeds, folder, n, scheduler, **options)
+            folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
+            sample_to_folder(model, seeds, folder, n, sampler, **options)
     if len(rows) == 1:
-        model.picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
+        picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
     elif rows:
-        model.overview(rows).save(out)
+        overview(model, rows).save(out)
     print(out)
+
+
+def n_steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
-"""The Sub-Path Linear Approximation Model (SPLAM), Xu et al., ECCV 2024: the paper and nothing else.
+"""The Sub-Path Linear Approximation Model (SPLAM, Xu et al., ECCV 2024) as a chapter to read beside the paper.
 
-Read this file beside the paper: "Eq. 12" is the paper's Eq. 12. It needs only torch.
+"Eq. 12" below is the paper's Eq. 12, and docs/equations.md has all of them in one place. The file needs only torch.
+Three options belong to this project and not to the paper, and each says so where it stands: telling the network a time
+instead of γ, several γ for each solved sub-path, and a share of draws with γ = 1.
+
+    1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
+    2  The line that replaces a sub-path    Eq. 12-14, 20-28    sub_path_point
+    3  The student                          Eq. 5, 14, 16       gamma_embedding, boundary, ConsistencyFunction
+    4  Algorithm 1                          Eq. 4-11, 15, 17    distance, draw, splad_loss, ema_update
+    5  Sampling in a few steps              Eq. 19              few_step_times, few_step_sample
 
 Notation
-    N            training time steps (1000); integer times t in 0..N-1, larger is noisier
-    α_t, σ_t     variance-preserving schedule, α_t² + σ_t² = 1;  x_t = α_t x_0 + σ_t ε
-    t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path; s = max(t - k, 0)
-    r            drift ratio α_t / α_s < 1
-    k, k_φ, m    skipping step size, solver step size, solver steps per sub-path m = k / k_φ
-    γ            place on the sub-path: 1 at its start t, 0 at its (drifted) end s
-    w            guidance, ε + w (ε - ε_∅): w = 8 is a guidance_scale of 9 elsewhere
-    f, F         denoiser (Eq. 8, 14) and the same with the boundary condition (Eq. 5, 16)
+    N            number of time steps of the diffusion process (1000); times t are integers in 0..N-1, larger is noisier
+    α_t, σ_t     signal and noise at time t, α_t² + σ_t² = 1 ("variance preserving"):  x_t = α_t x_0 + σ_t ε
+    t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path;  s = max(t - k, 0)
+    r            drift ratio α_t / α_s, smaller than 1
+    k, k_φ, m    length of a sub-path, length of a solver step, solver steps in a sub-path:  m = k / k_φ
+    γ            place on the sub-path: 1 at its start t, 0 at its end s
+    w            guidance scale in ε + w (ε - ε_∅): w = 8 here is guidance_scale 9 in diffusers
+    θ, θ⁻        weights of the student, and their running average (the "target")
+    f, F         The paper swaps these letters. In Eq. 4 to 7, f is the consistency function with its boundary condition
+                 and F the bare network. From Eq. 8 on, f is the denoiser "x_0 from x and ε", and from Eq. 16 on F is
+                 that denoiser with the boundary condition. Here F_θ always means the F of Eq. 16.
 
-Shapes: x is (B, ...) - points (B, 2), pixels or latents (B, C, H, W); t, s and γ are (B,). Everything the schedule
-touches is float32, whatever precision the networks compute in.
+Shapes: x is (B, ...): points (B, 2), or pixels or latents (B, C, H, W). t, s and γ are (B,). All that comes from the
+noise schedule is computed in float32, whatever precision the networks compute in: near t = 0 and t = N the coefficients
+differ by factors that half precision would round away.
 """
 
 import math
@@ -23,18 +35,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # of the boundary condition; the values of LCM and of its scheduler
-HUBER_C = 1e-3
-GAMMA_DIM = 32  # length of the γ-embedding
+# The values that the options below may have. An unknown one raises ValueError: a misspelt "LCM" must not silently mean
+# something else.
+ODES = ("sl", "dl", "lcm")  # the line of Eq. 12, that of Eq. 26, or no line at all: γ = 1
+SIGMA_FORMS = ("approx", "exact")  # σ_γ as below Eq. 15, or as in Eq. 24 and 28
+METRICS = ("l2", "huber")
+GAMMA_CONDITIONINGS = ("time", "embedding")
+
+
+def _check(name: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, known))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Section 3: the diffusion process and its ODE solver
+# 1  A diffusion model and its ODE (Section 3)
+#
+# Diffusion adds noise to data. Eq. 1 says how much there is at time t: x_t = α_t x_0 + σ_t ε. Eq. 2 is the stochastic
+# differential equation that does it, dx = f(t) x dt + g(t) dw, with f = d log α/dt and g² = dσ²/dt - 2 f σ². It has no
+# code, because Eq. 1 reaches every time in one jump.
+#
+# Eq. 3, the probability flow ODE (PF-ODE), turns noise back into data without any randomness:
+#
+#     dx/dt = f x - g²/2 · ∇ log p_t(x)     with     ∇ log p_t(x) = -ε(x, t)/σ
+#
+# Divide x by α, so z = x/α, and measure time by the noise-to-signal ratio ρ = σ/α. Then dz/dt = g² ε / (2 σ α), and the
+# definition of g² makes g² / (2 σ α) equal to dρ/dt. What is left is
+#
+#     dz/dρ = ε(x, t)                                                                                          (PF-ODE)
+#
+# with no noise schedule in it. Euler's method for this ODE, z_s = z_t + (ρ_s - ρ_t) ε, is DDIM: multiply it by α_s and
+# it reads x_s = α_s x̂_0 + σ_s ε. Two more sections of this file become simple in z and ρ.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Schedule:
-    """α_t and σ_t of Eq. 1 as float32 tables, from the ᾱ_t = α_t² (`alphas_cumprod`) of a diffusers scheduler."""
+    """α_t and σ_t of Eq. 1 as float32 tables, from ᾱ_t = α_t², which diffusers' schedulers call `alphas_cumprod`.
+
+    The tables move to the device of the first times that they are asked for. Nothing trains them, so they are no buffers
+    of a module: a checkpoint does not hold them, and a cast to half precision does not reach them.
+    """
 
     def __init__(self, alphas_cumprod: Tensor):
         self.alpha = alphas_cumprod.double().sqrt().float()
@@ -43,34 +83,35 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.alpha)
 
-    def _on(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         if self.alpha.device != device:
             self.alpha, self.sigma = self.alpha.to(device), self.sigma.to(device)
 
     def at(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-        """(α_t, σ_t) for integer times t (B,), shaped (B, 1, ...) to multiply an x of `ndim` dimensions."""
-        self._on(t.device)
+        """(α_t, σ_t) for integer times t (B,), each shaped (B, 1, ...) so that it multiplies an x of `ndim` dims."""
+        self._move_to(t.device)
         shape = (-1,) + (1,) * (ndim - 1)
         return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
     def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The real-valued time t' at which the process has the noise-to-signal ratio σ/α; shape (B,).
+        """The real-valued time t' at which the process has the noise-to-signal ratio ρ = σ/α; shape (B,).
 
-        Linear in log(σ/α) between integer times, because that is well conditioned in float32 over the whole schedule.
+        Between integer times it is linear in log ρ. ρ itself runs from 0.03 to 15 (Stable Diffusion), so that float32
+        would resolve the clean end badly; its logarithm changes by about as much everywhere.
         """
-        self._on(alpha.device)
-        table = (self.sigma / self.alpha.clamp_min(1e-20)).log()
-        value = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
-        after = torch.searchsorted(table, value).clamp(1, len(self) - 1)
+        self._move_to(alpha.device)
+        table = (self.sigma / self.alpha.clamp_min(1e-20)).log()  # the clamp: α may be 0 at the last time
+        log_ratio = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
+        after = torch.searchsorted(table, log_ratio).clamp(1, len(self) - 1)
         before = after - 1
-        return before + (value - table[before]) / (table[after] - table[before])
+        return before + (log_ratio - table[before]) / (table[after] - table[before])
 
 
 def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """Network output -> (x_0, ε) with x = α x_0 + σ ε: the denoiser of Eq. 8.
+    """The denoiser of Eq. 8, x̂_0 = (x - σ ε) / α, for all that a network may output: -> (x_0, ε), x = α x_0 + σ ε.
 
-    "epsilon" outputs ε, "sample" x_0, and "v_prediction" v = α ε - σ x_0. Points inside a sub-path (Eq. 14) have
-    α² + σ² < 1, so v is inverted without assuming 1.
+    `prediction_type` is named as in diffusers: "epsilon" outputs ε, "sample" x_0, "v_prediction" v = α ε - σ x_0.
+    A point inside a sub-path has α² + σ² < 1 (section 2), so v is inverted without taking that sum for 1.
     """
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha, output
@@ -83,20 +124,27 @@ def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, predictio
 
 
 def guided(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
-    """ε̃ = ε(x,c) + w (ε(x,c) - ε(x,∅)), Eq. 18. Linear, so it holds for v and x_0 predictions alike."""
+    """Classifier-free guidance, inside Eq. 18: ε̃ = ε(x, c) + w (ε(x, c) - ε(x, ∅)).
+
+    It is linear, and so are the conversions above. So the outputs themselves may be combined, be they ε, v or x_0.
+    """
     return conditional + w * (conditional - unconditional)
 
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> (x_0, ε), with condition and guidance inside
+Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> (x_0, ε): a teacher, told condition and w
 
 
 @torch.no_grad()
 def multiple_estimation(
     denoise: Denoiser, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor, k: int, solver_step: int
 ) -> Tensor:
-    """x̂_s from x_t by m = k / k_φ deterministic DDIM steps of size k_φ (Eq. 18). m = 1 is one DDIM step.
+    """Eq. 18: x̂_s from x_t by m = k / k_φ DDIM steps of the teacher, each k_φ = `solver_step` long.
 
-    A sub-path that is cut off at time 0 arrives early; its remaining steps go from s to s, which DDIM leaves in place.
+    One step of length k is Euler's method with a long stride, and its error grows with k². m shorter ones follow the
+    PF-ODE more closely, at the price of m calls of the teacher. That is what lets k be 100.
+
+    A sub-path that is cut off at time 0 has arrived before its m steps are over. The rest then goes from s to s, where
+    DDIM returns α_s x̂_0 + σ_s ε = x: nothing moves, and a batch of mixed lengths needs no special case.
     """
     for _ in range(math.ceil(k / solver_step)):
         t_next = torch.maximum(t - solver_step, s)
@@ -107,12 +155,35 @@ def multiple_estimation(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Section 4.2.1 and appendices B, C: the linear ODE of a sub-path
+# 2  The line that replaces a sub-path (Section 4.2.1, appendices B and C)
+#
+# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. SPLAM replaces it by a straight line and trains on
+# all of it. Eq. 9 to 11 take the error of consistency training, d(f(x_t), f(x_s)), apart into the way from r x_s to x_t
+# and a difference of noise estimates; the way is what the line fills.
+#
+# Why the end is multiplied by r = α_t / α_s. x_t holds the signal α_t x_0 and x_s holds α_s x_0, which is more. r x_s
+# holds α_t x_0 as well, so every point between r x_s and x_t has the same signal and only the noise varies (Eq. 14).
+# Without r the signal would vary with γ too, and the student would have to know γ to tell signal from noise; that line
+# is the "DL-ODE" of appendix C, the paper's ablation. Divided by its signal, z = x/α, the SL line is
+# (1-γ) z_s + γ z_t: the chord between two points of the PF-ODE's curve in the coordinates of section 1.
+#
+# How much noise x_γ holds depends on how the noises ε_s and ε_t of the two ends belong together.
+#
+# - They are one and the same, when x_s was computed from x_t by a DDIM step: x_t = α_t x̂_0 + σ_t ε̂ and
+#   x_s = α_s x̂_0 + σ_s ε̂. On a line between them the coefficients of ε̂ are on a line too. This is the "approximate"
+#   form below Eq. 15. For one solver step it is exact, to rounding. With m > 1 steps the estimate ε̂ changes on the way,
+#   and the form is an approximation again; toy/README.md measures by how much.
+# - They are independent but for what x_t inherits from x_s, when x_t was made from x_s by fresh noise (Eq. 20:
+#   x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 are its mean and variance). Then variances add: put Eq. 20 into Eq. 12, and
+#   x_γ = r x_s + γ √(1-r²) ε' (Eq. 23), so that σ_γ² = r² σ_s² + γ² (1-r²) (Eq. 24). This is the "exact" form. Training
+#   does not couple its ends in this way, and so it is not the exact one there, in spite of its name.
+#
+# Eq. 25 is the difference of the two forms. It is 0 at γ = 0 and at γ = 1, and approx is larger in between.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class SubPathPoint(NamedTuple):
-    """A point x_γ = α_γ x_0 + σ_γ ε of a sub-path, with its two coefficients, each broadcastable over x."""
+    """A point x_γ = α_γ x_0 + σ_γ ε of a sub-path; α_γ and σ_γ are shaped to multiply x."""
 
     x: Tensor
     alpha: Tensor
@@ -120,99 +191,132 @@ class SubPathPoint(NamedTuple):
 
 
 def sub_path_point(
-    x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, gamma: Tensor, schedule: Schedule, ode: str, sigma: str
+    x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, gamma: Tensor, schedule: Schedule, ode: str, sigma_form: str
 ) -> SubPathPoint:
-    """x_γ on the straight line between the ends of a sub-path, and its schedule (α_γ, σ_γ).
+    """x_γ on the line between the ends of a sub-path, with its signal α_γ and its noise σ_γ; `ode` is "sl" or "dl".
 
-        SL (Eq. 12)   x_γ = (1-γ) r x_s + γ x_t,   so α_γ = α_t for every γ (Eq. 14)
-        DL (Eq. 26)   x_γ = (1-γ)   x_s + γ x_t,   so α_γ = (1-γ) α_s + γ α_t (Eq. 27)
-
-    The two differ in one number, the drift that multiplies x_s. With u = (1-γ)·drift the noise of x_γ is
-    u σ_s ε_s + γ σ_t ε_t, and its size depends on how the noises of the two ends are coupled:
-
-        σ_γ² = (u σ_s)² + 2 u γ C + (γ σ_t)²,   C = Cov(σ_s ε_s, σ_t ε_t)
-
-        approx   C = σ_s σ_t:  σ_γ = u σ_s + γ σ_t (below Eq. 15). The ends share one ε, as they do when x_s comes from
-                 x_t by a DDIM step: then this linear form is exact, and it is what the training below produces.
-        exact    C = r σ_s²:   Eq. 24 for SL, Eq. 28 for DL. x_t comes from x_s by fresh noise (Markov chain, Eq. 20).
-
-    Both give σ_t at γ = 1 and drift·σ_s at γ = 0; Eq. 25 is their difference in between.
+    Eq. 13 is the derivative of Eq. 12, dx_γ/dγ = x_t - r x_s: constant, so the linear ODE needs no solver.
     """
-    gamma = gamma.view((-1,) + (1,) * (x_t.ndim - 1))
+    _check("ode", ode, ("sl", "dl"))
+    _check("sigma_form", sigma_form, SIGMA_FORMS)
+    g = gamma.view((-1,) + (1,) * (x_t.ndim - 1))
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    u = (1 - gamma) * (1 if ode == "dl" else r)
-    if sigma == "approx":
-        sigma_gamma = u * sigma_s + gamma * sigma_t
+    # 1 - r² is the variance of the fresh noise in Eq. 20, and so σ_t² - r² σ_s². Where r is near 1, float32 would lose it
+    # in the difference of two numbers near 1, but not in this one.
+    one_minus_r2 = sigma_t**2 - r**2 * sigma_s**2
+    if ode == "sl":
+        x = (1 - g) * r * x_s + g * x_t  # Eq. 12
+        alpha = alpha_t  # Eq. 14: the same for every γ, which is what r is for
+        if sigma_form == "approx":
+            sigma = (1 - g) * r * sigma_s + g * sigma_t  # below Eq. 15
+        else:
+            sigma = (r**2 * sigma_s**2 + g**2 * one_minus_r2).sqrt()  # Eq. 24
     else:
-        sigma_gamma = ((u * sigma_s) ** 2 + 2 * u * gamma * r * sigma_s**2 + (gamma * sigma_t) ** 2).sqrt()
-    return SubPathPoint(u * x_s + gamma * x_t, u * alpha_s + gamma * alpha_t, sigma_gamma)
+        x = (1 - g) * x_s + g * x_t  # Eq. 26
+        alpha = (1 - g) * alpha_s + g * alpha_t  # Eq. 27
+        if sigma_form == "approx":
+            sigma = (1 - g) * sigma_s + g * sigma_t
+        else:
+            sigma = (((1 - g) + g * r) ** 2 * sigma_s**2 + g**2 * one_minus_r2).sqrt()  # Eq. 28
+    return SubPathPoint(x, alpha, sigma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Section 4.2.2: the student F_θ(x_γ, c, γ)
+# 3  The student F_θ(x_γ, c, γ) (Section 4.2.2)
+#
+# The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, and a
+# network that believes t subtracts too much of it. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is 15
+# at t = 999. So the network must be told where on the sub-path it is. There are two ways:
+#
+# "embedding", the paper's: an embedding of γ is added to the network's own embedding of t. The network must learn what
+#     it means. The embedding is zero at γ = 1, so there the student is exactly the teacher before training, and after
+#     training, when γ is always 1, the embedding's weights are dropped.
+# "time", this project's and its default: the network is told another time. x_γ = α_γ x_0 + σ_γ ε, scaled to
+#     α² + σ² = 1, is an ordinary point of the diffusion process, of the time t' where σ_t'/α_t' = σ_γ/α_γ. The network
+#     knows from its training as a teacher what to do there. To replace t by t' is to add φ(t') - φ(t) to the network's
+#     own Fourier embedding φ(t): that too is an embedding of γ which is zero at γ = 1, as Section 4.2.2 asks for, but
+#     with weights that the teacher has learnt already.
 # ---------------------------------------------------------------------------------------------------------------------
+
+GAMMA_DIM = 32  # length of the γ-embedding
 
 
 def gamma_embedding(gamma: Tensor) -> Tensor:
-    """γ (B,) -> (B, GAMMA_DIM), exactly the zero vector at γ = 1, so that its weights can be dropped after training.
+    """γ (B,) -> (B, GAMMA_DIM) in float32, exactly the zero vector at γ = 1.
 
-    Smooth on purpose: the highest frequency turns four times over the sub-path, so neighbouring γ look alike.
+    LCM's embedding of w, sin and cos of 1000 w times frequencies, has cos 0 = 1 and is not zero anywhere; hence the
+    cos - 1. And it turns so fast that neighbouring γ look unrelated. The highest frequency here turns four times from
+    γ = 0 to 1.
     """
-    freqs = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
-    angle = (1 - gamma.float())[:, None] * freqs
+    frequencies = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
+    angle = (1 - gamma.float())[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos() - 1], dim=1)
 
 
 class GammaTimeEmbedding(nn.Module):
-    """A network's own time embedding with γ beside t: MLP(t_emb + W·γ_emb). W has no bias, so γ = 1 adds exactly zero.
+    """Stands in for a network's own time embedding, MLP(φ(t)), and adds γ to it: MLP(φ(t) + W e(γ)).
 
-    γ is set by the surrounding ConsistencyFunction before each pass. It is an attribute and not a forward hook: a hook
-    closes over one module and goes on reading *that* one after a deepcopy.
+    W has no bias, so that e(1) = 0 adds exactly nothing, whatever W is.
+
+    diffusers' networks have no argument for γ, so ConsistencyFunction leaves it in the attribute `gamma` before each
+    pass. A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the copy's
+    hook would read the original's γ, and the target would silently ignore its own.
     """
 
-    def __init__(self, time_embedding: nn.Module):
+    def __init__(self, time_embedding: nn.Module, embed: Callable[[Tensor], Tensor] = gamma_embedding):
         super().__init__()
-        self.time_embedding = time_embedding
+        self.time_embedding, self.embed = time_embedding, embed
         self.projection = nn.Linear(GAMMA_DIM, time_embedding.linear_1.in_features, bias=False)
         self.gamma: Tensor | None = None
 
     def forward(self, t_emb: Tensor, condition: Tensor | None = None) -> Tensor:
-        t_emb = t_emb + self.projection(gamma_embedding(self.gamma)).to(t_emb.dtype)
+        t_emb = t_emb + self.projection(self.embed(self.gamma)).to(t_emb.dtype)
         return self.time_embedding(t_emb, condition)
 
 
+TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in diffusers has too
+
+
 def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-    """c_skip(t), c_out(t) of Eq. 5 and 16: c_skip(0) = 1, c_out(0) = 0, and soon the other way round."""
+    """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
+
+    Eq. 5 makes F_θ(x, 0) = x hold by construction: at time 0 there is nothing left to denoise. Without such an anchor a
+    constant function would satisfy self-consistency (Eq. 4) perfectly. With the scaling of 10 it is a matter of the
+    first step: c_skip is 0.0025 at t = 1 and below 1e-5 from t = 16 on. Sub-paths start at t = 19 or later, so in
+    practice it acts where a sub-path ends at s = 0 and nowhere else. There the target is x̂_0 itself.
+    """
     scaled = (TIMESTEP_SCALING * t.float()).view((-1,) + (1,) * (ndim - 1))
     norm = scaled**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
 
 
 class ConsistencyFunction(nn.Module):
-    """F_θ(x_γ, c, γ) of Eq. 16 around a network with diffusers' signature `network(x, t, **cond).sample`.
+    """F_θ(x_γ, c, γ) of Eq. 16 around a network with diffusers' signature, `network(x, t, **cond).sample`.
 
-    `gamma_conditioning` says how the network learns where on the sub-path it is:
-        "embedding"  the paper: it sees (x_γ, t, γ), γ through an embedding that is zero at γ = 1.
-        "time"       this project: with ρ = σ_γ/α_γ the same point, scaled to unit variance, lies on the diffusion
-                     process at the time t' where σ_t'/α_t' = ρ, and the network sees just that. It needs no new
-                     weights, and the teacher is already right there.
-        None         the finished student, a plain network at γ = 1.
-    At γ = 1 all three are the same function, and equal to the teacher's denoiser at the start of training.
+    `gamma_conditioning` is "embedding" or "time", as described above, or None for a finished student, which is only
+    ever asked at γ = 1. There all three are the teacher's own function when training begins: to the last bit for
+    "embedding" and None, and to float32 rounding for "time", whose t' is computed and not looked up.
     """
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, prediction_type: str, gamma_conditioning: str | None = None
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction_type: str,
+        gamma_conditioning: str | None = None,
+        embed: Callable[[Tensor], Tensor] = gamma_embedding,
     ):
         super().__init__()
+        _check("gamma_conditioning", gamma_conditioning, (None, *GAMMA_CONDITIONINGS))
         self.network, self.schedule = network, schedule
         self.prediction_type, self.gamma_conditioning = prediction_type, gamma_conditioning
         if gamma_conditioning == "embedding":
-            network.time_embedding = GammaTimeEmbedding(network.time_embedding)
+            network.time_embedding = GammaTimeEmbedding(network.time_embedding, embed)
 
     def forward(self, x: Tensor, t: Tensor, gamma: Tensor | None = None, point: SubPathPoint | None = None, **cond):
-        """x: (B, ...), t: (B,) start of the sub-path; γ (B,) and `point` (its α_γ, σ_γ), or neither for γ = 1."""
+        """x (B, ...) and the start t (B,) of its sub-path; γ (B,) with its `point`, or neither of them for γ = 1."""
         if gamma is None:
             gamma, point = torch.ones_like(t, dtype=torch.float32), SubPathPoint(x, *self.schedule.at(t, x.ndim))
         x_in, t_in, alpha, sigma = x, t, point.alpha, point.sigma
@@ -225,32 +329,46 @@ class ConsistencyFunction(nn.Module):
         output = self.network(x_in, t_in, **cond).sample.float()
         x0, _ = to_x0_eps(output, x_in, alpha, sigma, self.prediction_type)  # f_θ(x_γ, γ), Eq. 14
         c_skip, c_out = boundary(t, x.ndim)
-        return c_skip * x + c_out * x0
+        return c_skip * x + c_out * x0  # Eq. 16
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """The network's weights without the γ-projection: the teacher's parameter names and shapes."""
+        """The network's weights under the teacher's parameter names, without the projection of γ: the student at γ = 1,
+        which any program that can load the teacher can load."""
         weights = self.network.state_dict()
         weights.pop("time_embedding.projection.weight", None)
         return {name.replace("time_embedding.time_embedding.", "time_embedding."): w for name, w in weights.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1: sub-path linear approximation distillation (SPLAD)
+# 4  Algorithm 1: sub-path linear approximation distillation (SPLAD)
+#
+# Self-consistency, Eq. 4: along one trajectory of the PF-ODE, f(x_t, t) is the same for every t, namely the trajectory's
+# end. Consistency distillation (Eq. 6) trains it on neighbours: the student at t must land where its average lands from
+# the point s that the teacher's solver reaches. LCM (Eq. 7) lets neighbours be k apart, and adds condition and guidance.
+# SPLAM (Eq. 15, and Eq. 17 with the solver of Eq. 18 inside) asks the same of all points x_γ between the two.
 # ---------------------------------------------------------------------------------------------------------------------
+
+HUBER_C = 1e-3
 
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """The metric d of Eq. 17, averaged over batch and elements: "l2" squared, "huber" sqrt(d² + c²) - c."""
-    difference = a.float() - b.float()
-    if metric == "l2":
-        return difference.square().mean()
-    return ((difference.square() + HUBER_C**2).sqrt() - HUBER_C).mean()
+    """The metric d of Eq. 17, one number for each sample (B,): "l2" is the mean of Δ² over the sample's elements,
+    "huber" the mean of √(Δ² + c²) - c.
+
+    The pseudo-Huber metric is quadratic below c and linear above, so that large errors do not rule the gradient. It is
+    taken element by element, as in LCM's and SPLAM's code. (The paper cites it from iCT, where it is a norm per sample.)
+    """
+    _check("metric", metric, METRICS)
+    squared = (a.float() - b.float()).square()
+    if metric == "huber":
+        squared = (squared + HUBER_C**2).sqrt() - HUBER_C
+    return squared.flatten(1).mean(1)
 
 
 class Draws(NamedTuple):
-    """What Algorithm 1 draws for each sample: sub-path start t (B,), γ ~ U[0,1] (B, M), noise ε like x_0.
+    """What Algorithm 1 draws for each sample: the start t (B,) of a sub-path, γ (B, M), noise ε of the shape of x_0.
 
-    In the paper M = 1. Several γ for one solved sub-path share the cost of solving it: this project's option.
+    In the paper M = 1. Several γ for one sub-path share the cost of solving it; that is an option of this project.
     """
 
     t: Tensor
@@ -266,11 +384,18 @@ def draw(
     gamma_draws: int = 1,
     gamma_at_one: float = 0.0,
 ) -> Draws:
-    """t is uniform on the grid N-1, N-1-N/50, ... of 50 `num_ddim_timesteps`, from which few-step sampling takes its
-    times as well. A share `gamma_at_one` of the γ, which is 0 in the paper, is 1."""
+    """n, γ ~ U[0, 1] and ε of Algorithm 1 for a batch of the shape `x_shape`.
+
+    n names the start of a sub-path on the grid N-1, N-1-N/50, ... of 50 `num_ddim_timesteps`. Few-step sampling takes
+    its times from the same grid, so it never asks the student at a time where it was not trained.
+
+    `gamma_at_one` is this project's option, 0 in the paper: that share of the γ is 1. Sampling happens at γ = 1 alone,
+    and uniform draws almost never hit it.
+    """
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
-    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp_max(1)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
+    # Stretched beyond 1 and cut off there, uniform numbers are 1 with just this probability, and uniform otherwise.
+    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp_max(1)
     return Draws(t, gamma, torch.randn(x_shape, generator=generator))
 
 
@@ -286,46 +411,57 @@ def splad_loss(
     k: int,
     solver_step: int,
     ode: str = "sl",
-    sigma: str = "approx",
+    sigma_form: str = "approx",
     metric: str = "l2",
+    solver: Callable[..., Tensor] = multiple_estimation,
 ) -> Tensor:
-    """Eq. 17, one batch of Algorithm 1; a scalar.
+    """Eq. 17 for one batch: the inner lines of Algorithm 1. Returns a scalar, differentiable in θ only.
 
-    student, target: F_θ and its average F_θ⁻ (ConsistencyFunction). denoise: the frozen teacher with guidance inside.
-    ode: "sl" (the paper), "dl" (appendix C), or "lcm", which is "sl" with γ ≡ 1 (Eq. 7).
+    student, target   F_θ and F_θ⁻, called like ConsistencyFunction
+    denoise           the frozen teacher, told condition and guidance: (x, t) -> (x_0, ε)
+    x0, cond          clean samples or latents (B, ...), and the networks' keyword arguments
+    ode               "sl" (the paper), "dl" (its appendix C), or "lcm": γ = 1 always, which is Eq. 7
+    solver            what takes x_t to x_s; another one is an ablation
     """
+    _check("ode", ode, ODES)
     t, gamma, noise = draws
-    if ode == "lcm":
-        gamma = torch.ones_like(gamma)
     s = (t - k).clamp_min(0)
     alpha_t, sigma_t = schedule.at(t, x0.ndim)
-    x_t = alpha_t * x0 + sigma_t * noise  # Eq. 1
-    x_s = multiple_estimation(denoise, schedule, x_t, t, s, k, solver_step)  # Eq. 18
-    with torch.no_grad():
-        estimate = target(x_s, s, **cond)  # Eq. 16 at γ = 1, no gradient
+    x_t = alpha_t * x0 + sigma_t * noise  # Eq. 1: the start of the sub-path
+    x_s = solver(denoise, schedule, x_t, t, s, k, solver_step)  # Eq. 18: its end, by the teacher
+    with torch.no_grad():  # Eq. 17 stops the gradient here: or both sides would run towards each other
+        landing = target(x_s, s, **cond)  # F_θ⁻(x̂_s, c, γ = 1), the end of the sub-path taken as a start of its own
     losses = []
-    for g in gamma.unbind(1):
-        point = sub_path_point(x_t, x_s, t, s, g, schedule, ode, sigma)  # Eq. 12 or 26
-        losses.append(distance(student(point.x, t, g, point, **cond), estimate, metric))
-    return torch.stack(losses).mean()
+    for g in gamma.unbind(1):  # once, in the paper
+        if ode == "lcm":
+            g = torch.ones_like(g)
+        line = "dl" if ode == "dl" else "sl"  # at γ = 1 both are x_t
+        point = sub_path_point(x_t, x_s, t, s, g, schedule, line, sigma_form)  # Eq. 12, or 26
+        losses.append(distance(student(point.x, t, g, point, **cond), landing, metric))
+    # Eq. 6 has a weight λ(t), which Eq. 17 drops: it would multiply `losses` here, a number for each sample and γ.
+    return torch.stack(losses, dim=1).mean()
 
 
 @torch.no_grad()
 def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
-    """θ⁻ <- decay·θ⁻ + (1 - decay)·θ."""
+    """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, the last line of Algorithm 1.
+
+    A target that moves slowly keeps training stable: the student chases itself.
+    """
     for averaged, parameter in zip(target.parameters(), student.parameters(), strict=True):
         averaged.lerp_(parameter.detach().to(averaged.dtype), 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# 5  Sampling in a few steps (Eq. 19)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_inference_steps: int) -> list[int]:
-    """`num_inference_steps` times from the training grid, evenly spaced by index from N-1 down: LCM's time grid.
+    """`num_inference_steps` times of the training grid from N-1 down, evenly spaced by their place on it: LCM's times.
 
-    The index is a rounded-down product of floats because it is one in diffusers' LCMScheduler.
+    `original_inference_steps` is the number of times on that grid, by its name in diffusers' LCMScheduler. The place is
+    a product of floats, rounded down, because it is one there: exact fractions would give other times here and there.
     """
     step = num_train_timesteps // original_inference_steps
     grid = [step * (i + 1) - 1 for i in reversed(range(original_inference_steps))]
@@ -336,9 +472,10 @@ def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_
 def few_step_sample(
     student: Callable, schedule: Schedule, noise: Tensor, times: Sequence[int], randn: Callable[[], Tensor], **cond
 ) -> Iterator[Tensor]:
-    """Eq. 19 and its repetition: predict x_0, re-noise it to the next time with fresh noise, predict again.
+    """Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1), and its repetition: add fresh noise for the next time, predict again.
 
-    Yields the prediction after every step, so the last one is the sample and a caller can draw the path.
+    Yields x̂_0 after each step, so that a caller can draw the way; the last one is the sample. `randn` returns fresh
+    noise of the shape of `noise` at each call.
     """
     x = noise
     for i, time in enumerate(times):

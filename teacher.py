@@ -1,50 +1,410 @@
-"""Teachers: loading one by name, saving, and `python teacher.py --data ...`, which trains one here.
+"""What a diffusion model is to the rest of the project: one small interface, its three kinds, and how to train one.
 
-What a model is, to the rest of the project, is the class `kinds.Teacher`.
+    PointModel        2-D points; the network is toy/mlp.py's
+    ImageModel        pixels; a UNet2DModel of diffusers, with or without class labels
+    StableDiffusion   text to image in the latents of a VAE
+
+Teachers and students are both DiffusionModels, and both are kept as folders in diffusers' pipeline format. A student is
+such a folder whose scheduler is an LCMScheduler; that is all that sets them apart. All that differs between kinds of
+model stands in this file.
+
+    python teacher.py --data data/cifar10            trains one on images
+    python teacher.py --data toy:moons               or on a 2-D distribution
+
+diffusers, transformers and peft take seconds to import. So each is imported inside the function that needs it: the toy
+needs neither transformers nor peft, and --help none of them.
 """
 
 import argparse
 import copy
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, LCMScheduler
-from peft import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import training
-from data import BadInput, program
-from kinds import ImageTeacher, StableDiffusion, Teacher
-from splam import distance, draw, ema_update
-from toy.points import POINTS, PointTeacher, distribution
+from data import POINTS, BadInput, CachedLatents, Points, cache_pairs, distribution, load_images, load_pairs, program
+from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
 
-KINDS = {  # by the network that model_index.json names
-    ("diffusers", "UNet2DModel"): ImageTeacher,
-    ("diffusers", "UNet2DConditionModel"): StableDiffusion,
-    ("toy.mlp", "PointMLP"): PointTeacher,
-}
-TYPES = ["epsilon", "v_prediction", "sample"]
-BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
+# What a LoRA adapts: attention, feed-forward and convolutions, as in diffusers' LCM-LoRA training script.
+LORA_TARGETS = """to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut
+downsamplers.0.conv upsamplers.0.conv time_emb_proj""".split()
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # of Stable Diffusion's pipelines
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """A pipeline folder, complete under another name before its parts take the place of an older one's.
+# ---------------------------------------------------------------------------------------------------------------------
+# The interface
+# ---------------------------------------------------------------------------------------------------------------------
 
-    A network with a LoRA is saved as the LoRA alone, as `pipe.load_lora_weights` reads it, beside the scheduler.
+
+class DiffusionModel:
+    """A frozen diffusion model: what distillation, sampling and evaluation must know of it.
+
+    Two words. A *label* is what the data hold beside x_0: a class number, or the tokens of a caption. A *condition* is
+    what the network gets for it, as keyword arguments. This base class knows class numbers, for networks that have
+    them; the last one means "no class" and is the condition of guidance's unconditional pass.
+
+    Each kind adds two methods: `dataset(args)`, training data whose batches are (data, label) pairs for `prepare`, and
+    the class method `load(name, index)`, the model in a folder or under a hub id, whose model_index.json is `index`.
     """
+
+    kind: str  # "points", "images" or "text-to-image": which row of a program's table of recipes is for it
+    network_class: tuple[str, str]  # library and class, by which model_index.json tells the kinds apart
+    pipeline_names: tuple[str, ...] = ("DDPMPipeline",)
+    shape: tuple[int, ...]  # of one x_0
+    resolution: int | None = None  # of the images that it makes, in pixels
+    default_data: str | None = None  # what it was made from, where the model itself knows
+    default_prompts: Sequence[str] = ()  # of models that are prompted by texts
+    many_steps, batch_size = 50, 1024  # DDIM steps that count as the end of its PF-ODE; samples at a time
+
+    def __init__(self, network: nn.Module, scheduler, name: str):
+        from diffusers import LCMScheduler
+
+        self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
+        self.schedule = Schedule(scheduler.alphas_cumprod)
+        self.prediction_type: str = scheduler.config.prediction_type
+        self.is_student = isinstance(scheduler, LCMScheduler)
+        # How many times the grid of few-step sampling has. diffusers' own default is 50 as well.
+        self.original_inference_steps: int = scheduler.config.get("original_inference_steps", 50)
+        classes = network.config.get("num_class_embeds")
+        self.null_label = None if classes is None else classes - 1
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it can be guided."""
+        return self.null_label is not None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "DiffusionModel":
+        """Moves the model. `dtype` is for the frozen network of kinds whose network is large."""
+        self.network.to(device)
+        return self
+
+    # -- data, labels and conditions ----------------------------------------------------------------------------------
+
+    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch of the dataset -> (x_0, condition)."""
+        return data, self.condition(label)
+
+    def labels(self, prompts: Sequence[str]) -> Tensor:
+        """What a person asks for -> labels (n, ...). Without prompts: all classes in turn."""
+        if not prompts:
+            return torch.arange(self.null_label or 1)
+        if not all(prompt.isdigit() and int(prompt) < (self.null_label or 0) for prompt in prompts):
+            raise BadInput(f"prompts are class labels here, and this model has {self.null_label or 'no'} classes")
+        return torch.tensor([int(prompt) for prompt in prompts])
+
+    def condition(self, label: Tensor) -> dict[str, Tensor]:
+        """Labels (B, ...) -> the network's keyword arguments."""
+        return {} if self.null_label is None else {"class_labels": label}
+
+    def null_condition(self, n: int) -> dict[str, Tensor]:
+        """The condition ∅ of Eq. 18, for n samples."""
+        return self.condition(torch.full((n,), self.null_label, device=self.device))
+
+    # -- the network --------------------------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(x_0, ε̃) at x (B, ...) and t (B,), guided by w (Eq. 18). Both passes go in one batch; w = 0 needs only one."""
+        if w and not self.conditional:
+            raise BadInput("guidance needs a conditional teacher: this one has no labels")
+        x_in, t_in = x, t
+        if w:
+            null = self.null_condition(len(x))
+            cond = {key: torch.cat([value, null[key]]) for key, value in cond.items()}
+            x_in, t_in = torch.cat([x, x]), torch.cat([t, t])
+        dtype = next(self.network.parameters()).dtype
+        cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        output = self.network(x_in.to(dtype), t_in, **cond).sample.float()
+        if w:
+            output = guided(*output.chunk(2), w)
+        return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x_0 -> samples as a person sees them."""
+        return x0
+
+    # -- students -----------------------------------------------------------------------------------------------------
+
+    def copy_network(self, lora_rank: int = 0) -> nn.Module:
+        """A trainable copy in float32, where a student starts. With a LoRA, only the LoRA is trainable."""
+        network = copy.deepcopy(self.network).train().float().requires_grad_(not lora_rank)
+        if lora_rank:
+            if not hasattr(network, "add_adapter"):
+                raise BadInput(f"--lora_rank: diffusers has no LoRA for a {type(network).__name__}")
+            from peft import LoraConfig
+
+            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS))
+        return network
+
+    def student(self, weights: dict[str, Tensor], num_ddim_timesteps: int, lora_rank: int = 0) -> "DiffusionModel":
+        """This model with a student's weights, and the scheduler that samples in a few steps of that grid."""
+        from diffusers import LCMScheduler
+
+        network = self.copy_network(lora_rank)
+        network.load_state_dict(weights)
+        scheduler = LCMScheduler.from_config(
+            self.scheduler.config,
+            original_inference_steps=num_ddim_timesteps,
+            clip_sample=False,  # either of these would change the x_0 that the student was trained to give
+            thresholding=False,
+        )
+        return self._with(network, scheduler, f"student of {self.name}")
+
+    def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
+        return type(self)(network, scheduler, name)
+
+    def write(self, folder: Path) -> None:
+        """Network, scheduler, and the index that makes the folder a DDPMPipeline, into the empty `folder`."""
+        import diffusers
+
+        self.network.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        parts = {"unet": self.network_class, "scheduler": ("diffusers", type(self.scheduler).__name__)}
+        index = {"_class_name": self.pipeline_names[0], "_diffusers_version": diffusers.__version__, **parts}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def refuse_pair_flags(args: argparse.Namespace) -> None:
+    """For kinds without captions. (teacher.py itself does not have these flags.)"""
+    neutral = {"min_image_size": 0, "max_pwatermark": 1.0, "cache_latents": None}
+    if any(getattr(args, name, value) != value for name, value in neutral.items()):
+        raise BadInput("--min_image_size, --max_pwatermark and --cache_latents are for images with captions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2-D points
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PointModel(DiffusionModel):
+    """2-D points.
+
+    A teacher "toy:moons" is a PointMLP trained on points of that mixture. A teacher "ideal:moons" knows ε in closed
+    form: with it, what goes wrong in a student cannot be blamed on the teacher. It has a PointMLP as well, which is
+    where its students start.
+    """
+
+    kind, network_class = "points", ("toy.mlp", "PointMLP")
+    shape, many_steps = (2,), 1000
+
+    def __init__(self, network: nn.Module, scheduler, name: str):
+        super().__init__(network, scheduler, name)
+        self.ideal = network.config.ideal and not self.is_student
+        self.default_data = f"{'ideal' if network.config.ideal else 'toy'}:{network.config.distribution}"
+        self.mixture = distribution(self.default_data)
+
+    @classmethod
+    def load(cls, name: str, index: dict) -> "PointModel":
+        import diffusers
+
+        from toy.mlp import PointMLP
+
+        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(name, subfolder="scheduler")
+        return cls(PointMLP.from_pretrained(Path(name) / "unet"), scheduler, name)
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        refuse_pair_flags(args)
+        if args.resolution:
+            raise BadInput("--resolution is for images")
+        return Points(args.data)
+
+    def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
+        if not self.ideal or (w and not self.conditional):  # the base class refuses the latter
+            return super().predict(x, t, cond, w)
+        alpha, sigma = self.schedule.at(t, 2)
+        return to_x0_eps(self.mixture.eps(x, alpha, sigma, cond.get("class_labels"), w), x, alpha, sigma, "epsilon")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ImageModel(DiffusionModel):
+    """A U-Net on pixels."""
+
+    kind, network_class = "images", ("diffusers", "UNet2DModel")
+
+    def __init__(self, network: nn.Module, scheduler, name: str):
+        super().__init__(network, scheduler, name)
+        self.resolution = network.config.sample_size
+        self.shape = (network.config.in_channels, self.resolution, self.resolution)
+
+    @classmethod
+    def load(cls, name: str, index: dict) -> "ImageModel":
+        from diffusers import DDPMPipeline  # knows older layouts of the folder too
+
+        pipeline = DDPMPipeline.from_pretrained(name, use_safetensors=True)
+        return cls(pipeline.unet, pipeline.scheduler, name)
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        refuse_pair_flags(args)
+        images = load_images(args.data, resolution=args.resolution or self.resolution, mirror=True)
+        if images.samples.shape[-1] != self.resolution:
+            raise BadInput(f"{self.name} makes images of {self.resolution} pixels, not {args.resolution}")
+        if self.null_label is not None and len(images.classes) > self.null_label:
+            raise BadInput(f"{args.data} has {len(images.classes)} classes, and {self.name} knows {self.null_label}")
+        return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to image
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StableDiffusion(DiffusionModel):
+    """Any StableDiffusionPipeline: SD1.5, SD2.1 with its v-prediction, and fine-tuned ones.
+
+    The U-Net is large, and cast to the compute precision once. VAE and text encoder keep float32 weights. The VAE also
+    computes in float32, because some overflow in fp16; the text encoder computes under autocast, as the student does.
+    """
+
+    kind, network_class = "text-to-image", ("diffusers", "UNet2DConditionModel")
+    pipeline_names = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    batch_size = 16
+    default_prompts = [
+        f"a photo of {thing}"
+        for thing in "an airplane,an automobile,a bird,a cat,a deer,a dog,a frog,a horse,a ship,a truck".split(",")
+    ]
+    conditional = True
+
+    def __init__(self, pipeline, name: str):
+        super().__init__(pipeline.unet, pipeline.scheduler, name)
+        self.pipeline = pipeline
+        self.vae = pipeline.vae.eval().requires_grad_(False)
+        self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
+        self.null_text: Tensor | None = None  # the empty text's embedding, made when it is first asked for
+        config = self.network.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.resolution = config.sample_size * pipeline.vae_scale_factor
+
+    @classmethod
+    def load(cls, name: str, index: dict) -> "StableDiffusion":
+        from diffusers import StableDiffusionPipeline
+
+        unused = {key: None for key in UNUSED_PARTS if key in index}
+        pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **unused)
+        pipeline.register_to_config(**({"requires_safety_checker": False} if unused else {}))
+        return cls(pipeline, name)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
+        for module in (self.vae, self.text_encoder):
+            module.to(device)
+        self.network.to(device, dtype)
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> tokens (n, L). What is longer than L is cut off."""
+        tokenizer = self.pipeline.tokenizer
+        length = tokenizer.model_max_length
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        return tokenizer(list(texts), **options).input_ids
+
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        """Pixels and tokens; with --cache_latents, latents and embeddings, which are made now if they are not there."""
+        resolution, factor = args.resolution or self.resolution, self.pipeline.vae_scale_factor
+        if resolution % factor:
+            raise BadInput(f"--resolution {resolution} is no multiple of the VAE's {factor}")
+        self.resolution, self.shape = resolution, (self.shape[0], resolution // factor, resolution // factor)
+        pairs = load_pairs(args.data, (resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
+        if not args.cache_latents:
+            return pairs
+        state = training.process()
+        made_from = {name: getattr(args, name) for name in ("data", "min_image_size", "max_pwatermark")}
+        made_from |= {"teacher": self.name, "resolution": resolution, "mixed_precision": args.mixed_precision}
+
+        def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), training.autocast(state.device, args.mixed_precision):
+                x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
+            return x0.cpu(), cond["encoder_hidden_states"].cpu()
+
+        cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
+        state.wait_for_everyone()
+        return CachedLatents(args.cache_latents)
+
+    @torch.no_grad()
+    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels and tokens, or latents and embeddings from a cache -> (latents, condition).
+
+        x_0 is the mean of the VAE's posterior, without a draw from it. In Stable Diffusion's VAEs the posterior's
+        deviation is far below one grey level; and so a cache holds the very same x_0.
+        """
+        if not label.is_floating_point():  # tokens are whole numbers, embeddings are not
+            with torch.autocast(data.device.type, enabled=False):
+                data = self.vae.encode(data.float()).latent_dist.mode() * self.vae.config.scaling_factor
+        return data, self.condition(label)
+
+    def labels(self, prompts: Sequence[str]) -> Tensor:
+        return self.tokenize(prompts or self.default_prompts)
+
+    @torch.no_grad()
+    def condition(self, label: Tensor) -> dict[str, Tensor]:
+        """`label`: tokens (B, L), or their embeddings (B, L, D).
+
+        Some released few-step U-Nets are told their guidance scale as well (`time_cond_proj_dim`). They get what stock
+        diffusers gives them at guidance_scale 1: the embedding of w = 0.
+        """
+        embedded = label if label.is_floating_point() else self.text_encoder(label)[0]
+        cond = {"encoder_hidden_states": embedded}
+        if length := self.network.config.time_cond_proj_dim:
+            zero = torch.zeros(len(label))
+            cond["timestep_cond"] = self.pipeline.get_guidance_scale_embedding(zero, length).to(embedded)
+        return cond
+
+    def null_condition(self, n: int) -> dict[str, Tensor]:
+        if self.null_text is None:
+            self.null_text = self.text_encoder(self.tokenize([""]).to(self.device))[0].detach()
+        return self.condition(self.null_text.expand(n, -1, -1))
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents -> pixels in [-1, 1], eight images at a time: a decoder needs more memory than the U-Net."""
+        with torch.autocast(x0.device.type, enabled=False):
+            parts = (x0.float() / self.vae.config.scaling_factor).split(8)
+            return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
+
+    def _with(self, network: nn.Module, scheduler, name: str) -> "StableDiffusion":
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(unet=network, scheduler=scheduler)
+        network.register_to_config(sample_size=self.shape[1])  # at which it was distilled
+        return StableDiffusion(pipeline, name)
+
+    def write(self, folder: Path) -> None:
+        """The whole pipeline; of a network with a LoRA only the LoRA, as pipe.load_lora_weights reads it, and the
+        scheduler."""
+        if not getattr(self.network, "peft_config", None):
+            self.pipeline.save_pretrained(folder)
+            return
+        from peft import get_peft_model_state_dict
+
+        self.pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(self.network))
+        self.scheduler.save_pretrained(folder / "scheduler")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+KINDS = (PointModel, ImageModel, StableDiffusion)
+
+
+def save(model: DiffusionModel, folder: Path) -> None:
+    """Writes the model's folder. It is complete under another name before its parts take the place of older ones."""
     draft = folder / "pipeline.tmp"
     shutil.rmtree(draft, ignore_errors=True)
-    if getattr(pipeline.unet, "peft_config", None):
-        type(pipeline).save_lora_weights(draft, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
-        pipeline.scheduler.save_pretrained(draft / "scheduler")
-    else:
-        pipeline.save_pretrained(draft)
+    draft.mkdir(parents=True)
+    model.write(draft)
     for part in draft.iterdir():
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)
@@ -52,134 +412,222 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     draft.rmdir()
 
 
-def load(name: str) -> Teacher:
+def load(name: str) -> DiffusionModel:
     """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id."""
     if (Path(name) / LORA_FILE).is_file():
         return _load_lora(Path(name))
-    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
-        raise BadInput(f"{name} is no pipeline folder: it has no model_index.json")
-    try:
-        index = DiffusionPipeline.load_config(name)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
-    kind = KINDS.get(tuple(index.get("unet") or ()))
-    parts = {key: tuple(part) for key, part in index.items() if isinstance(part, list) and key not in UNUSED_PARTS}
-    # from_pretrained imports the modules that this file names, so they must be known ones.
-    unknown = [part for part in parts.values() if part[0] not in (None, "diffusers", "transformers", "toy.mlp")]
-    if kind is None or unknown or index.get("_class_name") not in kind.pipeline_names:
+    index = _read_index(name)
+    kinds = [kind for kind in KINDS if kind.network_class == tuple(index.get("unet") or ())]
+    parts = [part for key, part in index.items() if isinstance(part, list) and key not in UNUSED_PARTS]
+    # diffusers imports whatever module this file names. So before it does, each must be one that is known.
+    unknown = [part for part in parts if part[0] not in (None, "diffusers", "transformers", "toy.mlp")]
+    if not kinds or unknown or index.get("_class_name") not in kinds[0].pipeline_names:
         raise BadInput(f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
-    unused = {key: None for key in UNUSED_PARTS if key in index}
     try:
-        pipeline = kind.pipeline_class.from_pretrained(name, use_safetensors=True, **unused)
+        if kinds[0] is not PointModel:
+            _silence_libraries()
+        return kinds[0].load(name, index)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    pipeline.register_to_config(**({"requires_safety_checker": False} if unused else {}))
-    return kind(pipeline, name)
 
 
-def _load_lora(folder: Path) -> Teacher:
+def _read_index(name: str) -> dict:
+    """model_index.json of a folder or hub id."""
+    try:
+        if Path(name).exists():
+            return json.loads((Path(name) / "model_index.json").read_text())
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        if Path(name).exists():
+            raise BadInput(f"{name} is no pipeline folder: it has no model_index.json that can be read") from error
+        raise BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
+
+
+def _silence_libraries() -> None:
+    """Progress bars and advice of diffusers and transformers, between the lines of our own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _load_lora(folder: Path) -> DiffusionModel:
+    from diffusers import LCMScheduler
+
     record = folder / "metrics.json"
     if not record.is_file():
         raise BadInput(f"{folder} holds a LoRA but no metrics.json, which names the model that it belongs to")
-    base = load(json.loads(record.read_text())["configuration"]["pretrained_teacher_model"])
-    base.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    base.pipeline.fuse_lora()
-    base.pipeline.unload_lora_weights()
-    base.pipeline.register_modules(scheduler=LCMScheduler.from_pretrained(folder / "scheduler"))
-    return type(base)(base.pipeline, str(folder))
+    pipeline = load(json.loads(record.read_text())["configuration"]["pretrained_teacher_model"]).pipeline
+    pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.register_modules(scheduler=LCMScheduler.from_pretrained(folder / "scheduler"))
+    return StableDiffusion(pipeline, str(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training a teacher: ordinary denoising, Eq. 8 in the units of the prediction type
+# Training a teacher: ordinary denoising
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Command lines by kind of model, read before what was typed; both are minutes of two CPU cores. scaled_linear is the form
+# of Stable Diffusion's noise schedule, here with diffusers' default ends; linear is DDPM's own. These channels make 2.5 M
+# weights.
+RECIPES = {
+    "points": "--max_train_steps 3000 --train_batch_size 512 --learning_rate 2e-3 --beta_schedule scaled_linear",
+    "images": "--max_train_steps 6000 --train_batch_size 64 --learning_rate 1e-3 --beta_schedule linear"
+    " --mixed_precision bf16 --block_out_channels 16 32 64 128",
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    """The flags of teacher.py."""
+    p = training.Parser(
         prog="teacher.py",
         description="Train a teacher on images or on a 2-D distribution.",
         usage="teacher.py --data DATA [flags]",
-        epilog=training.recipe_text(
-            "Defaults by kind of teacher",
-            {kind.__name__: kind.training_recipe for kind in (PointTeacher, ImageTeacher)},
-        ),
+        epilog=training.recipes("Defaults by kind of model", RECIPES),
         formatter_class=training.Help,
     )
-    p.add_argument("--data", required=True, help="folder of images, or toy:<name>, or ideal:<name>")
-    p.add_argument("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
-    p.add_argument("--resolution", type=int, help="images are resized and cropped to it; default: their own")
-    p.add_argument("--block_out_channels", type=int, nargs="+", help="of the images' U-Net, level by level")
-    p.add_argument("--prediction_type", choices=TYPES, default="v_prediction", help="what the network outputs")
-    p.add_argument("--beta_schedule", choices=BETAS, help="of the noise; Stable Diffusion: scaled_linear")
-    p.add_argument("--ema_decay", type=float, default=0.999, help="of the weights that are saved")
+    flag = p.add_argument_group("model and data").add_argument
+    flag("--data", required=True, help="folder of images, or toy:<name>, or ideal:<name>")
+    flag("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
+    flag("--resolution", type=training.positive, help="images are resized and cropped to it (default: their own)")
+    flag("--block_out_channels", type=training.positive, nargs="+", help="of the images' U-Net, level by level")
+    # v is well conditioned at both ends of the schedule; ε says little of x_0 at the noisy end, and x_0 of ε at the other.
+    types = ["epsilon", "v_prediction", "sample"]
+    flag("--prediction_type", choices=types, default="v_prediction", help="what the network outputs")
+    flag("--beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"], help="how noise grows with t")
+    # Averaged weights sample better than the last ones.
+    flag("--ema_decay", type=training.share, default=0.999, help="of the weights that are saved")
     training.add_arguments(p)
     p.set_defaults(lr_scheduler="cosine", max_grad_norm=1.0)
     return p
 
 
-def train(args: argparse.Namespace, teacher: Teacher, dataset: Dataset) -> None:
-    """Trains the teacher's network on its data and saves the average of its weights as a pipeline folder."""
-    schedule, network = teacher.schedule, teacher.copy_network()
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags: the recipe for --data first, then what was typed, which so has the last word."""
+    p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
+    first, _ = p.parse_known_args(typed)
+    points = first.data.startswith(POINTS)
+    name = first.data.partition(":")[2] if points else Path(first.data).name
+    p.set_defaults(output_dir=f"runs/{name}-teacher")
+    return p.parse_args([*RECIPES["points" if points else "images"].split(), *typed])
+
+
+def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
+    """An untrained model of the kind that `args.data` asks for. `network_options` are the lab's, for the toy's MLP."""
+    from diffusers import DDPMScheduler
+
+    set_seed(args.seed)  # of the initial weights
+    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
+    if args.data.startswith(POINTS):
+        return PointModel(_new_mlp(args, **network_options), scheduler, args.output_dir)
+    return ImageModel(_new_unet(args), scheduler, args.output_dir)
+
+
+def _new_mlp(args: argparse.Namespace, **options) -> nn.Module:
+    from toy.mlp import PointMLP
+
+    if args.resolution or args.block_out_channels:
+        raise BadInput("--resolution and --block_out_channels are for images")
+    classes, (kind, _, name) = distribution(args.data).num_classes, args.data.partition(":")
+    if args.class_conditional and not classes:
+        raise BadInput(f"--class_conditional: {args.data} has no classes")
+    labels = classes + 1 if args.class_conditional else None
+    return PointMLP(num_class_embeds=labels, distribution=name, ideal=kind == "ideal", **options)
+
+
+def _new_unet(args: argparse.Namespace) -> nn.Module:
+    """A small U-Net with attention at its third level."""
+    images, channels = load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
+    size, levels = images.samples.shape[-1], len(channels)
+    if size % 2 ** (levels - 1) or any(width % 8 for width in channels):
+        raise BadInput(f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times, or no multiple of 8")
+    from diffusers import UNet2DModel
+
+    attention = min(2, levels - 1)
+    return UNet2DModel(
+        sample_size=size,
+        block_out_channels=channels,
+        down_block_types=["AttnDownBlock2D" if i == attention else "DownBlock2D" for i in range(levels)],
+        up_block_types=["AttnUpBlock2D" if i == attention else "UpBlock2D" for i in reversed(range(levels))],
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=min(32, channels[attention]),
+        num_class_embeds=len(images.classes) + 1 if args.class_conditional else None,
+    )
+
+
+def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> None:
+    """Trains the model's network to denoise its data (Eq. 8), and saves the average of its weights.
+
+    The loss is the mean square between what the network outputs and what `prediction_type` says that it should.
+    """
+    network = model.copy_network()
     average = copy.deepcopy(network).eval().requires_grad_(False)
     run = training.Run(args, network, dataset, {"average": average})
-    teacher.to(run.accelerator.device)
-
-    def loss_of(data: Tensor, label: Tensor, t: Tensor, drop: Tensor, noise: Tensor) -> Tensor:
-        with run.accelerator.autocast():
-            x0, cond = teacher.prepare(data, label)
-            if teacher.conditional:
-                nothing = teacher.nothing(len(x0))
-                dropped = {key: (drop < 0.1).view(-1, *[1] * (value.ndim - 1)) for key, value in cond.items()}
-                cond = {key: torch.where(dropped[key], nothing[key], value) for key, value in cond.items()}
-            alpha, sigma = schedule.at(t, x0.ndim)
-            targets = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
-            output = run.model(alpha * x0 + sigma * noise, t, **cond).sample
-        return distance(output, targets[teacher.prediction_type], "l2")
-
-    for step, batches in run:
-        draws = draw((run.total_batch_size, *teacher.shape), len(schedule), len(schedule), run.generator(step))
-        loss = run.optimize(loss_of(*batch, *rows) for batch, rows in zip(batches, run.split(draws), strict=True))
-        ema_update(average, run.accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
-        run.log(step, loss=loss)
+    model.to(run.accelerator.device)
+    accelerator, schedule, batches = run.accelerator, model.schedule, run.batches()
+    for step in run.steps():
+        # Every time step is a possible start here: N starts on a grid of N times. γ is uniform, and serves another use.
+        draws = draw((run.total_batch_size, *model.shape), len(schedule), len(schedule), run.generator(step))
+        losses = []
+        for micro_step in range(args.gradient_accumulation_steps):
+            data, label = next(batches)
+            t, uniform, noise = run.rows(draws, micro_step)
+            with accelerator.accumulate(run.model):
+                with accelerator.autocast():
+                    x0, cond = model.prepare(data, label)
+                    if model.conditional:  # a tenth learns the unconditional ε, which guidance needs
+                        cond = _drop(cond, model.null_condition(len(x0)), uniform[:, 0] < 0.1)
+                    alpha, sigma = schedule.at(t, x0.ndim)
+                    output = run.model(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
+                wanted = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
+                loss = distance(output, wanted[model.prediction_type], "l2").mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            losses.append(loss.detach())
+        run.lr_scheduler.step()
+        # An average over 1,000 steps would remember the random start for long, so it begins with a short one.
+        ema_update(average, accelerator.unwrap_model(run.model), min(args.ema_decay, step / (step + 10)))
+        run.log(step, torch.stack(losses).mean())
         run.checkpoint(step)
     weights = training.gathered(average.state_dict())
-    if run.accelerator.is_main_process:
-        teacher.network.load_state_dict(weights)
-        save_pipeline(teacher.pipeline, run.folder)
-    run.accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        model.network.load_state_dict(weights)
+        save(model, run.folder)
+    accelerator.wait_for_everyone()
+
+
+def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+    """The condition, and the null condition where `dropped` (B,) says so."""
+    return {
+        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in cond.items()
+    }
 
 
 def fit(args: argparse.Namespace) -> None:
-    """A teacher of the kind that `args.data` asks for, from nothing."""
-    set_seed(args.seed)  # of the initial weights
-    kind = kind_of_data(args.data)
-    network, dataset = kind.new_network(args)
-    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
-    train(args, kind(DDPMPipeline(unet=network, scheduler=scheduler), args.output_dir), dataset)
+    """A model of the kind that `args.data` asks for, trained from nothing."""
+    model = new_model(args)
+    train(args, model, model.dataset(args))
 
 
-def kind_of_data(data: str) -> type[Teacher]:
-    return PointTeacher if data.startswith(POINTS) else ImageTeacher
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    p = parser()
-    first, _ = p.parse_known_args(arguments)
-    p.set_defaults(**kind_of_data(first.data).training_recipe)
-    return p.parse_args(arguments)
-
-
-def fit_or_load(name: str, folder: Path, seed: int, mixed_precision: str, class_conditional: bool = False) -> Teacher:
-    """A teacher by name. "toy:<name>" and "ideal:<name>" are fitted here and now, and kept in `folder`, where the next
-    call finds them."""
+def fit_or_load(name: str, folder: Path, arguments: Sequence[str] = (), overwrite: bool = False) -> DiffusionModel:
+    """The teacher of that name. "toy:<name>" and "ideal:<name>" are fitted here and now, by teacher.py's `arguments`,
+    and kept in `folder`, where the next call finds them."""
     if not name.startswith(POINTS):
         return load(name)
     distribution(name)
-    if not (folder / "model_index.json").is_file():
-        flags = {"data": name, "output_dir": folder, "seed": seed, "mixed_precision": mixed_precision}
-        flags["resume_from_checkpoint"] = "latest"  # of a fit that was interrupted
-        labels = ["--class_conditional"] * class_conditional
-        fit(parse([*labels, *(f"--{flag}={value}" for flag, value in flags.items())]))
+    if overwrite or not (folder / "model_index.json").is_file():
+        how = ["--overwrite"] if overwrite else ["--resume_from_checkpoint", "latest"]  # an interrupted fit goes on
+        fit(parse(["--data", name, "--output_dir", str(folder), *how, *arguments]))
     teacher = load(str(folder))
     if teacher.default_data != name:
         raise BadInput(f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")

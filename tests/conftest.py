@@ -17,6 +17,9 @@ from huggingface_hub import constants
 from hypothesis import settings
 from PIL import Image
 
+import teacher
+from toy.mlp import PointMLP
+
 constants.HF_HUB_OFFLINE = True  # no test needs a network, and none may wait for one
 settings.register_profile("splam", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("splam")
@@ -65,8 +68,8 @@ def killed_at(step: int) -> str:
     """distill.py, killed in that step."""
     return f"""import distill, os, signal, training
 log = training.Run.log
-def log_or_die(run, step, **values):
-    os.kill(os.getpid(), signal.SIGKILL) if step == {step} else log(run, step, **values)
+def log_or_die(run, step, loss):
+    os.kill(os.getpid(), signal.SIGKILL) if step == {step} else log(run, step, loss)
 training.Run.log = log_or_die
 distill.main()"""
 
@@ -123,7 +126,10 @@ def unet(classes: int | None = None, size: int = 8) -> UNet2DModel:
 
 def save(folder: Path, network, prediction_type="epsilon", beta_schedule="scaled_linear", **scheduler) -> Path:
     scheduler = DDPMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, **scheduler)
-    DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
+    if isinstance(network, PointMLP):
+        teacher.save(teacher.PointModel(network, scheduler, str(folder)), Path(folder))
+    else:
+        DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

@@ -13,8 +13,9 @@ import distill
 import evaluate
 import sample
 import teacher
-from toy import PointMLP
-from toy.points import PointTeacher
+from teacher import PointModel
+from toy import features
+from toy.mlp import PointMLP
 
 
 @pytest.mark.parametrize("conditioning", ["time", "embedding"])
@@ -36,7 +37,7 @@ def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, tmp_path, 
 
 def test_the_image_road(images, tmp_path, call):
     """Train a teacher, distil it, sample, train a feature extractor and evaluate: each command as the README has it."""
-    t, s, features = tmp_path / "teacher", tmp_path / "student", tmp_path / "features.pt2"
+    t, s, network = tmp_path / "teacher", tmp_path / "student", tmp_path / "features.pt2"
     tiny = ["--train_batch_size", 16, "--lr_warmup_steps", 1, "--data", images]
     status, _, err = call(teacher.main, *tiny, "--output_dir", t, "--max_train_steps", 50)
     assert status == 0, err
@@ -51,12 +52,12 @@ def test_the_image_road(images, tmp_path, call):
     status, _, err = call(sample.main, s, "--steps", 4, "--out", tmp_path / "samples.png", "--num_images", 9)
     assert status == 0 and Image.open(tmp_path / "samples.png").size == (3 * 33 + 1,) * 2, err
     status, out, err = call(
-        evaluate.main, "features", "--data", images, "--out", features, "--output_dir", tmp_path / "f",
+        features.main, "--data", images, "--out", network, "--output_dir", tmp_path / "f",
         "--max_train_steps", 12, "--train_batch_size", 32, "--lr_warmup_steps", 2,
     )  # fmt: skip
     assert status == 0 and "test accuracy" in out, err
-    flags = ["--features", features, "--num_samples", 24, "--steps", 1, 2, "--teacher_steps", 1, 3]
-    status, out, err = call(evaluate.main, s, *flags)
+    flags = ["--features", network, "--num_samples", 24, "--steps", 1, 2, "--teacher_steps", 1, 3]
+    status, out, err = call(evaluate.main, "table", s, *flags)
     assert status == 0, err
     rows = json.loads((s / "evaluation.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"]) for row in rows[1:]] == [
@@ -65,7 +66,7 @@ def test_the_image_road(images, tmp_path, call):
     assert all(row["FD"] > 0 for row in rows)
     picture = np.asarray(Image.open(s / "evaluation.png"))
     assert picture[16:112].std() > 20  # the first row shows the data, in their own range
-    assert str(features) in out and "24 samples a row" in out and "against 96 samples" in out
+    assert str(network) in out and "24 samples a row" in out and "against 96 samples" in out
 
 
 def test_stock_diffusers_samples_the_student_as_ours_does(tmp_path, call):
@@ -118,7 +119,7 @@ def first_loss(call, points, out, *flags):
 
 def test_every_flag_of_the_method_is_read(points, tmp_path, call, monkeypatch):
     """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
-    monkeypatch.setattr(PointTeacher, "evaluation", {**PointTeacher.evaluation, "teacher_steps": [1]})  # saves time
+    monkeypatch.setattr(PointModel, "many_steps", 1)  # saves time
     base = first_loss(call, points, tmp_path / "base")
     others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
     others += ", num_ddim_timesteps 25, gamma_draws 3, gamma_at_one 0.5"
@@ -127,6 +128,37 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call, monkeypatch):
     scheduler = json.loads((tmp_path / "num_ddim_timesteps 25/scheduler/scheduler_config.json").read_text())
     assert scheduler["original_inference_steps"] == 25
     assert first_loss(call, points, tmp_path / "bf16", "--mixed_precision", "bf16") == pytest.approx(base, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "flags, w, draws",
+    [
+        (["--k", 40], 0, 1),
+        (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2, 1),
+        (["--k", 40, "--gamma_draws", 3], 0, 3),
+    ],
+)
+def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w, draws):
+    teacher = save(tmp_path / "teacher", unet(classes=3, size=32))
+    rows, batch, timed = [], 4, 2
+
+    def count(module, inputs, output):
+        if type(module).__name__ == "UNet2DModel":
+            rows.append(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    more = ["--data", images, "--train_batch_size", batch, "--timed_steps", timed, "--output_dir", tmp_path / "out"]
+    status, out, err = call(distill.main, "--benchmark", "--pretrained_teacher_model", teacher, *more, *flags)
+    hook.remove()
+    assert status == 0, err
+    result = json.loads((tmp_path / "out/benchmark/benchmark.json").read_text())
+    in_training = sum(rows[:-4]) / batch / (distill.WARM_UP + 2 * timed)  # the last four time a bare pass
+    assert result["forward passes"] == in_training + 2 * draws  # a backward pass costs two forward ones
+    assert in_training == flags[1] // 20 * (2 if w else 1) + 1 + draws
+    assert result["images/s"] == pytest.approx(batch / result["seconds a step"])
+    assert {"teacher", "target", "student", "optimizer", "VAE and text"} < set(result["parts"])
+    assert min(result["parts"].values()) > 0 and "images/s" in out and "ratio" in out
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
@@ -145,6 +177,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
         (["--pretrained_teacher_model", points, "--guidance_w", 1], "conditional teacher"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
+        (["--pretrained_teacher_model", points, "--benchmark", "--timed_steps", 1], "--timed_steps"),
         (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),
         (["--pretrained_teacher_model", image_teacher], "--data is missing"),
         (["--pretrained_teacher_model", image_teacher, "--data", tmp_path / "empty"], "no images"),

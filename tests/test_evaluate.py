@@ -1,22 +1,249 @@
-"""The programs of evaluate.py: the error of Fig. 2(c) and the cost model against what really happens; refusals."""
+"""Measures against brute force, closed forms and open_clip; the table; the error of Fig. 2(c); refusals."""
 
+import io
+import itertools
 import json
+import zipfile
+from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import CLASSES, one_line, save, unet
 from diffusers import DDIMScheduler
+from PIL import Image
+from scipy.linalg import sqrtm
 
 import evaluate
-from evaluate import approximated_errors
-from metrics import ImageFeatures
-from teacher import load
+import sample
+from data import BadInput, ImageFiles, centre_square, load_images
+from evaluate import ClipScore, Evaluation, ImageFeatures, approximated_errors, compare, mmd, spread, wasserstein2
+from sample import to_pixels
+from teacher import ImageModel, load
+from toy import features
+from toy.mlp import PointMLP
+
+CPU = torch.device("cpu")
+
+
+# -- measures --------------------------------------------------------------------------------------------------------
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_w2_is_the_best_of_all_pairings():
+    a, b = seeded(6, 2), seeded(6, 2, seed=1)
+    pairings = (sum((a[i] - b[p[i]]).square().sum() for i in range(6)) / 6 for p in itertools.permutations(range(6)))
+    assert wasserstein2(a, b) == pytest.approx(min(pairings).sqrt().item(), rel=1e-5)
+
+
+def test_w2_of_a_shift_is_its_length_in_data_units():
+    a = seeded(200, 2)
+    assert wasserstein2(a, (a + torch.tensor([3.0, 4.0]))[torch.randperm(200)]) == pytest.approx(5, rel=1e-5)
+
+
+def test_mmd_is_the_unbiased_estimate_of_its_definition():
+    a, b = seeded(40, 2), seeded(40, 2, seed=1) + 1
+    total = 0.0
+    for h in (0.1, 0.3, 1.0):
+        k = lambda x, y, h=h: np.exp(-np.sum((x - y) ** 2) / (2 * h * h))  # noqa: E731
+        points = [p.double().numpy() for p in a], [p.double().numpy() for p in b]
+        inside = sum(k(x, y) for p in points for i, x in enumerate(p) for j, y in enumerate(p) if i != j) / (40 * 39)
+        total += (inside - 2 * np.mean([k(x, y) for x in points[0] for y in points[1]])) / 3
+    assert mmd(a, b) == pytest.approx(np.sqrt(total), rel=1e-6)
+    assert mmd(seeded(500, 2), seeded(500, 2, seed=1)) < 0.05 < 0.2 < mmd(a, b)
+
+
+def test_fid_is_the_frechet_distance_of_the_features(means):
+    """Against the closed form |μ_a - μ_b|² + tr(A + B - 2 sqrt(AB)) by scipy."""
+    a, b = (seeded(300, 3, 8, 8, seed=s).mul(30).add(120).byte() for s in (0, 1))
+    b = b // 2 + 10
+    fa, fb = (x.double().mean((2, 3)).numpy() for x in (a, b))
+    cov_a, cov_b = np.cov(fa, rowvar=False), np.cov(fb, rowvar=False)
+    wanted = np.sum((fa.mean(0) - fb.mean(0)) ** 2) + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    measure = ImageFeatures(str(means), b, CPU)
+    for batches in ([a], a.split(7)):
+        for batch in batches:
+            measure.update(batch, [])
+        assert measure.result() == {"FD": pytest.approx(wanted, rel=1e-3)}
+    measure.update(b, [])
+    assert measure.result()["FD"] == pytest.approx(0, abs=1e-3)  # the sets before are forgotten
+
+
+def test_prompt_accuracy_counts_prompts_that_name_one_class(means):
+    red, blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    red[0], blue[2] = 200, 200
+    measure = ImageFeatures(str(means), torch.stack([red, blue]), CPU)
+    pairs = [
+        (red, "a photo of a Red thing", True),
+        (blue, "something blue", True),
+        (blue, "a red one", False),
+        (red, "the green", False),
+        (red, "credit, redder", None),  # no name of a class
+        (red, "red and blue", None),
+    ]
+    images, texts, right = zip(*pairs, strict=True)
+    for i in (0, 3):  # two batches
+        measure.update(torch.stack(images[i : i + 3]), texts[i : i + 3])
+    assert measure.result()["prompt accuracy"] == right.count(True) / (right.count(True) + right.count(False))
+    measure.update(torch.stack(images), [])
+    assert "prompt accuracy" not in measure.result()
+
+
+def test_clip_score_is_the_mean_cosine_of_image_and_prompt(clip):
+    images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0)).byte()
+    texts = ["a cat", "a dog on a boat", "nothing"]
+    name, weights = clip.split("/", 1)
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
+    total = 0.0
+    with torch.no_grad():
+        for image, text in zip(images, texts, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            a = model.eval().encode_image(preprocess(picture)[None])[0].double().numpy()
+            b = model.encode_text(open_clip.get_tokenizer(name)([text]))[0].double().numpy()
+            total += a @ b / np.linalg.norm(a) / np.linalg.norm(b) / 3
+    measure = ClipScore(clip, CPU)
+    measure.update(images[:2], texts[:2])
+    measure.update(images[2:], texts[2:])
+    assert measure.result() == {"CLIP": pytest.approx(total, rel=1e-4)} and clip in measure.name
+    assert measure.result() == {}
+    for wrong in ("tiny-test", "tiny-test/missing.pt", "no-such-model/laion2b"):
+        with pytest.raises(BadInput, match=wrong):
+            ClipScore(wrong, CPU)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_feature_file_cannot_run_code(means, tmp_path):
+    payload = io.BytesIO()
+    torch.save(Evil(tmp_path / "owned"), payload)
+    with zipfile.ZipFile(means) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = [name for name, content in members.items() if content[:2] == b"PK" or name.endswith(".pt")]
+    assert pickled  # torch.export does keep torch.save files inside, which is why this test exists
+    with zipfile.ZipFile(tmp_path / "evil.pt2", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, payload.getvalue() if name in pickled else content)
+    with pytest.raises(BadInput, match="evil.pt2"):
+        ImageFeatures(str(tmp_path / "evil.pt2"), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), CPU)
+    assert not (tmp_path / "owned").exists()
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path):
+    torch.manual_seed(0)
+    teacher = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False)))
+    student = teacher.student(teacher.network.state_dict(), 50)
+    rows, samples, _ = compare(Evaluation(teacher, "toy:moons", 64), {"student": student}, [1, 2], [1, 8], 0.0)
+    names = [(row["sampler"], row["steps"]) for row in rows[1:]]
+    assert names == [("teacher, DDIM", 8), ("teacher, DDIM", 1), ("student", 1), ("student", 2)]
+    endpoint, one = (sample.sample(teacher, range(64), n, "ddim") for n in (8, 1))
+    assert rows[2]["map error"] == pytest.approx((one - endpoint).square().sum(1).sqrt().mean().item(), rel=1e-4)
+    assert "map error" not in rows[1] and "map error" not in rows[4]  # the endpoint itself; a sampler with fresh noise
+    # An untrained student is the teacher, and its one step is DDIM's one step.
+    assert rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-3)
+    assert rows[0]["W2"] < min(row["W2"] for row in rows[1:]) and len(samples) == 5
+
+
+def test_held_out_data_come_from_all_classes(images):
+    data = load_images(images, "test")
+    chosen = data.labels[spread(len(data.labels), 6)]
+    assert set(chosen.tolist()) == {0, 1, 2} and spread(3, 10).tolist() == [0, 1, 2]
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """A measure that stands in for Inception: the mean of all pixels, and the prompts that came with them."""
+
+    class Counting:
+        name, values, texts = "the mean", (), ""
+
+        def update(self, samples, texts):
+            self.values = *self.values, *samples.float().mean((1, 2, 3)).tolist()
+            self.texts += "".join(texts)
+
+        def result(self):
+            values, texts, self.values, self.texts = self.values, self.texts, (), ""
+            return {"mean": float(np.mean(values)), "n": len(values), "texts": texts}
+
+    monkeypatch.setattr(evaluate, "measures_for", lambda *_: [Counting()])
+    monkeypatch.setattr(ImageModel, "default_prompts", ["a", "b"])
+
+
+def test_images_kept_in_a_folder_are_the_same_and_are_not_made_again(images, counting, tmp_path):
+    teacher = load(str(save(tmp_path / "teacher", unet(size=32))))
+    one, two = (teacher.student(teacher.network.state_dict(), 50) for _ in range(2))
+    one.name, two.name = "runs/one", "runs/two"
+    torch.nn.init.normal_(two.network.conv_out.weight, std=0.1)
+
+    def rows(samples_dir=None, **options):
+        evaluation = Evaluation(teacher, str(images), 7, **{"batch_size": 3} | options)
+        return compare(evaluation, {"one": one, "two": two}, [1, 2], [3], 0.0, samples_dir).rows
+
+    streamed, kept = rows(), rows(samples_dir=tmp_path / "kept")
+    assert [row["sampler"] for row in kept] == ["held-out data", "teacher, DDIM", "one", "one", "two", "two"]
+    assert len({row["mean"] for row in kept}) == 6
+    assert [row["texts"] for row in streamed] == ["", *["abababa"] * 5] == [row["texts"] for row in kept]
+    for a, b in zip(streamed, kept, strict=True):
+        assert a["mean"] == pytest.approx(b["mean"], abs=1e-6) and a["n"] == b["n"] == min(7, 24)
+        assert ("map error" in a) == ("map error" in b)  # whose values differ, since files are clipped
+
+    files = sorted((tmp_path / "kept").rglob("*.png"))
+    assert len(files) == 5 * 7
+    before = {file: file.stat().st_mtime_ns for file in files}
+    files[3].unlink()  # as if interrupted
+    again = rows(samples_dir=tmp_path / "kept", batch_size=2)
+    assert [row["mean"] for row in again] == pytest.approx([row["mean"] for row in kept])
+    assert {file for file in files if file.stat().st_mtime_ns != before[file]} == {files[3]}
+    with pytest.raises(BadInput, match="other flags"):
+        rows(samples_dir=tmp_path / "kept", mixed_precision="bf16")
+    torch.nn.init.normal_(one.network.conv_out.weight, std=0.1)  # trained further, under the same name
+    with pytest.raises(BadInput, match="another model"):
+        rows(samples_dir=tmp_path / "kept")
+
+
+def test_all_images_are_brought_to_the_resolution_by_lanczos_and_the_broken_are_left_out(tmp_path, monkeypatch):
+    """The protocol of COCO-2014: the centre square at 256 pixels, here 8, of both sides."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    files = ImageFiles([tmp_path / "a.png", tmp_path / "b.png"], 8)
+    wanted = np.asarray(Image.fromarray(pixels[:, 8:32]).resize((8, 8), Image.Resampling.LANCZOS))
+    assert (files[torch.tensor([0, 1])].permute(0, 2, 3, 1).numpy() == wanted).all()
+    assert files[torch.tensor([1])].shape == (0, 3, 8, 8)
+    x0, shown = torch.from_numpy(pixels[:, 8:32].copy()).permute(2, 0, 1)[None] / 127.5 - 1, []
+
+    class Seen:
+        def update(self, samples, texts):
+            shown.append(samples)
+
+    monkeypatch.setattr(evaluate, "measures_for", lambda *_: [Seen()])
+    teacher = load(str(save(tmp_path / "teacher", unet(size=24))))
+    for resolution in (8, None):
+        Evaluation(teacher, str(tmp_path), 1, resolution=resolution).update(x0)
+    assert (shown[0][0].permute(1, 2, 0).numpy() == wanted).all()
+    assert (shown[1].permute(0, 2, 3, 1).numpy() == to_pixels(x0)).all()
+    assert centre_square(Image.fromarray(pixels), 24).permute(1, 2, 0).numpy().tolist() == pixels[:, 8:32].tolist()
+
+
+# -- programs --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_approximated_error_is_between_diffusers_predictions_at_neighbours(tmp_path, prediction_type):
     model = load(str(save(tmp_path / "model", unet(), prediction_type)))
-    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(1000)
     x0, noise = torch.randn(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     predictions = {}
@@ -45,40 +272,9 @@ def test_the_error_program_draws_a_curve_for_each_model(tmp_path, images, call):
         assert status == 2 and words in one_line(err)
 
 
-@pytest.mark.parametrize(
-    "flags, w, draws",
-    [
-        (["--k", 40], 0, 1),
-        (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2, 1),
-        (["--k", 40, "--gamma_draws", 3], 0, 3),
-    ],
-)
-def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w, draws):
-    teacher = save(tmp_path / "teacher", unet(classes=3, size=32))
-    rows, batch, timed = [], 4, 2
-
-    def count(module, inputs, output):
-        if type(module).__name__ == "UNet2DModel":
-            rows.append(len(inputs[0]))
-
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    more = ["--data", images, "--train_batch_size", batch, "--timed_steps", timed, "--output_dir", tmp_path / "out"]
-    status, out, err = call(evaluate.main, "throughput", "--pretrained_teacher_model", teacher, *more, *flags)
-    hook.remove()
-    assert status == 0, err
-    result = json.loads((tmp_path / "out/throughput.json").read_text())
-    in_training = sum(rows[:-4]) / batch / (evaluate.WARM_UP + 2 * timed)  # the last four time a bare pass
-    assert result["forward passes"] == in_training + 2 * draws  # a backward pass costs two forward ones
-    assert in_training == flags[1] // 20 * (2 if w else 1) + 1 + draws
-    assert result["images/s"] == pytest.approx(batch / result["seconds a step"])
-    assert {"teacher", "target", "student", "optimizer", "VAE and text"} < set(result["parts"])
-    assert min(result["parts"].values()) > 0 and "images/s" in out and "ratio" in out
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
-
-
 def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, call):
     flags = ["--data", images, "--out", tmp_path / "f.pt2", "--output_dir", tmp_path / "run"]
-    status, out, err = call(evaluate.main, "features", *flags, "--max_train_steps", 1, "--train_batch_size", 8)
+    status, out, err = call(features.main, *flags, "--max_train_steps", 1, "--train_batch_size", 8)
     assert status == 0 and "test accuracy" in out, err
     measure = ImageFeatures(str(tmp_path / "f.pt2"), torch.zeros(2, 3, 32, 32).byte(), torch.device("cpu"))
     assert measure.classes == CLASSES
@@ -87,20 +283,18 @@ def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, c
 def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     t = save(tmp_path / "t", unet(size=32))
     flags = ["--pretrained_teacher_model", t, "--data", images, "--guidance_w", 0, "--num_samples", 4]
-    status, _, err = call(evaluate.main, t)
+    status, _, err = call(evaluate.main, "table", t)
     assert status == 2 and "--pretrained_teacher_model" in one_line(err)
-    status, _, err = call(evaluate.main, t, *flags, "--features", tmp_path / "missing.pt2")
+    status, _, err = call(evaluate.main, "table", t, *flags, "--features", tmp_path / "missing.pt2")
     assert status == 2 and "missing.pt2" in one_line(err)
     (tmp_path / "junk.pt2").write_text("junk")
-    status, _, err = call(evaluate.main, t, *flags, "--features", tmp_path / "junk.pt2")
+    status, _, err = call(evaluate.main, "table", t, *flags, "--features", tmp_path / "junk.pt2")
     assert status == 2 and "junk.pt2" in one_line(err)
-    status, _, err = call(evaluate.main, "features", "--data", tmp_path, "--out", tmp_path / "f.pt2")
+    status, _, err = call(features.main, "--data", tmp_path, "--out", tmp_path / "f.pt2")
     assert status == 2 and "no images" in one_line(err)
-    status, _, err = call(evaluate.main, t, *flags[:-1], 0)
+    status, _, err = call(evaluate.main, "table", t, *flags[:-1], 0)
     assert status == 2 and "--num_samples must be positive" in one_line(err)
-    status, _, err = call(evaluate.main, "throughput", *flags[:4], "--timed_steps", 1)
-    assert status == 2 and "--timed_steps" in one_line(err)
-    status, _, err = call(evaluate.main, t, *flags, "--protocol", "coco2014-30k")
+    status, _, err = call(evaluate.main, "table", t, *flags, "--protocol", "coco2014-30k")
     assert status == 2 and "--prompts" in one_line(err)
-    status, _, err = call(evaluate.main, t, *flags, "--clip_model", "ViT-B-32/openai")
+    status, _, err = call(evaluate.main, "table", t, *flags, "--clip_model", "ViT-B-32/openai")
     assert status == 2 and "--clip_model" in one_line(err)

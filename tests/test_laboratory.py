@@ -12,7 +12,8 @@ from PIL import Image
 
 import distill
 import toy.laboratory
-from metrics import wasserstein2
+from data import Points
+from evaluate import wasserstein2
 from sample import sample
 from splam import Schedule
 from toy import (
@@ -22,14 +23,12 @@ from toy import (
     fig2c_error,
     fig3_guidance,
     tab3_sl_vs_dl,
-    what_decides_data,
-    what_decides_recipe,
-    what_decides_width,
+    what_decides,
 )
-from toy.laboratory import STEPS
+from toy.laboratory import STEPS, Variant
 
-SCRIPTS = """fig2a_skip_size fig2b_convergence fig2c_error fig3_guidance tab3_sl_vs_dl appb_sigma what_decides_width
-what_decides_data what_decides_teacher what_decides_grid what_decides_recipe""".split()
+SCRIPTS = "fig2a_skip_size fig2b_convergence fig2c_error fig3_guidance tab3_sl_vs_dl appb_sigma".split()
+SCRIPTS += [f"what_decides {question}" for question in what_decides.SETTINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +50,11 @@ def quick(call, script, *flags) -> dict:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_records_all_it_compares_and_its_flags(name, call):
-    script = importlib.import_module(f"toy.{name}")
-    record = quick(call, script)
-    assert list(record["rows"]) == list(script.VARIANTS) == list(record["students"]) == list(record["summary"])
+    module, *question = name.split()
+    script = importlib.import_module(f"toy.{module}")
+    record = quick(call, script, *question)
+    variants = what_decides.variants(*question) if question else script.VARIANTS
+    assert list(record["rows"]) == list(variants) == list(record["students"]) == list(record["summary"])
     for variant, rows in record["rows"].items():
         assert {row["seed"] for row in rows} == {0, 1} and {row["variant"] for row in rows} == {variant}
         for row in rows:
@@ -104,21 +105,21 @@ def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "only"),
+    ("script", "question", "only"),
     [
-        (fig2a_skip_size, "LCM + ME, k = 50"),
-        (fig3_guidance, "SPLAM + ME, w = 2"),
-        (what_decides_width, "LCM: 16 units"),
+        (fig2a_skip_size, [], "LCM + ME, k = 50"),
+        (fig3_guidance, [], "SPLAM + ME, w = 2"),
+        (what_decides, ["width"], "LCM: 16 units"),
     ],
 )
-def test_some_of_the_students_make_a_picture_too(script, only, call):
-    assert list(quick(call, script, "--only", only)["rows"]) == [only]
+def test_some_of_the_students_make_a_picture_too(script, question, only, call):
+    assert list(quick(call, script, *question, "--only", only)["rows"]) == [only]
 
 
 def test_gamma_is_drawn_and_embedded_as_said():
-    assert what_decides_recipe.late_gamma((1000, 2), 1000, 50, torch.Generator()).gamma.min() > 0.5
+    assert what_decides.late_gamma((1000, 2), 1000, 50, torch.Generator()).gamma.min() > 0.5
     one = torch.ones(3)
-    assert not what_decides_recipe.sharp_embedding(one).any() and not what_decides_recipe.large_embedding(one).any()
+    assert not what_decides.sharp_embedding(one).any() and not what_decides.large_embedding(one).any()
 
 
 def test_curves_are_taken_along_one_training(call):
@@ -147,7 +148,7 @@ def job(tmp_path) -> toy.laboratory.Job:
     toy.laboratory.WORK.mkdir(parents=True)
     flags = ["--output_dir", str(tmp_path), "--pretrained_teacher_model", "ideal:8gaussians", "--max_train_steps", "1"]
     teacher = ["--data", "ideal:8gaussians", "--max_train_steps", "1"]
-    return toy.laboratory.Job("", flags, teacher, {}, [1], toy.laboratory.quality, 256, "", False)
+    return toy.laboratory.Job("", Variant(), flags, teacher, [1], toy.laboratory.quality, 256, "", False)
 
 
 @pytest.fixture
@@ -156,27 +157,29 @@ def bench(job) -> toy.laboratory.Bench:
 
 
 def test_few_points_to_learn_from_are_as_many_to_be_measured_by(job):
-    seen = {}
+    seen = []
 
-    class Seen(what_decides_data.FewPoints):
-        def __init__(self, data, split):
-            super().__init__(data, split)
-            seen[split] = len(self)
+    def dataset(data):
+        seen.append(what_decides.few_points(data))
+        return seen[-1]
 
-    few = job._replace(changes={"toy.points.Points": Seen}, measure=lambda bench, _: {"points": len(bench.reference)})
-    assert toy.laboratory.distil(few)[0]["points"] == 2**16 and seen == {"train": 256}
+    few = job._replace(variant=Variant(dataset=dataset), measure=lambda bench, _: {"points": len(bench.reference)})
+    assert toy.laboratory.distil(few)[0]["points"] == 2**16
+    assert [len(points) for points in seen] == [256, 256]  # the teacher's, and the student's
+    whole = Points("ideal:8gaussians").samples[:256]
+    assert all(torch.equal(points[list(range(256))][0], whole) for points in seen)
 
 
 def test_the_map_error_is_the_distance_to_many_steps_of_the_teacher(bench):
     """By diffusers' DDIM, from the same noises; the student is an untrained one."""
-    student = bench.teacher.student(bench.teacher.network.state_dict(), 50)
-    one, many = sample(student, range(256), 1), sample(bench.teacher, range(256), 1000, "ddim")
+    student = bench.model.student(bench.model.network.state_dict(), 50)
+    one, many = sample(student, range(256), 1), sample(bench.model, range(256), 1000, "ddim")
     distance = (one - many).square().sum(1).sqrt()
     values = toy.laboratory.quality(bench, student)
     assert values["map error"] == pytest.approx(distance.mean().item(), rel=0.01)
     assert values["map error, 95 %"] == pytest.approx(distance.quantile(0.95).item(), rel=0.01)
     assert values["W2, 1 step"] == pytest.approx(wasserstein2(one, bench.reference[:256]), rel=1e-6)
-    floor = bench.references()["held-out data"]["W2"]
+    floor = bench.held_out_data()["W2"]
     assert floor == pytest.approx(wasserstein2(bench.reference[:256], bench.reference[-256:]), rel=0.3)
 
 

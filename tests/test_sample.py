@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import training
-from kinds import to_pixels
+from sample import to_pixels
 from teacher import load
 
 
@@ -20,7 +20,7 @@ def model(tmp_path):
     return load(str(save(tmp_path / "model", unet(), "v_prediction")))
 
 
-@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", sample.SAMPLERS)
 def test_a_sample_depends_on_its_seed_alone(model, scheduler):
     whole = sample.sample(model, range(10, 16), 3, scheduler)
     for batch_size in (1, 4):
@@ -35,7 +35,7 @@ def test_a_sample_depends_on_its_seed_alone(model, scheduler):
 @pytest.mark.parametrize("kind, name", [(DDIMScheduler, "ddim"), (DPMSolverMultistepScheduler, "dpmsolver++")])
 def test_baselines_are_diffusers_loops_on_the_raw_network_output(model, kind, name, steps):
     """The scheduler that knows the prediction type, against our conversion to ε."""
-    solver = kind.from_config(model.pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    solver = kind.from_config(model.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     solver.set_timesteps(steps)
     assert solver.timesteps[0] == 999  # from pure noise
     x = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])

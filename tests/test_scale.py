@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import distill
 import training
-from kinds import StableDiffusion
+from teacher import StableDiffusion
 from toy.tiny_sd import LENGTH, caption
 
 FSDP = {
@@ -226,8 +226,8 @@ def true_size() -> StableDiffusionPipeline:
 def test_the_true_size_takes_a_step(pairs, tmp_path, call, monkeypatch):
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30:
         pytest.skip("needs 16 GiB of free memory")
-    monkeypatch.setattr(StableDiffusion, "pictured", 1)
-    monkeypatch.setattr(StableDiffusion, "evaluation", {**StableDiffusion.evaluation, "teacher_steps": [1]})
+    monkeypatch.setattr(StableDiffusion, "default_prompts", ["a cat"])
+    monkeypatch.setattr(StableDiffusion, "many_steps", 1)
     large = true_size()
     assert sum(weight.numel() for weight in large.unet.parameters()) == 859_520_964
     large.save_pretrained(tmp_path / "teacher")

@@ -516,9 +516,9 @@ def test_time_conditioning_predicts_the_mean_of_x0_given_the_point(ode, t, s):
 def test_distances(scale, seed):
     a, b = scale * torch.randn(2, 5, 2, generator=seeded(seed))
     d, c = a.double() - b.double(), 1e-3
-    torch.testing.assert_close(splam.distance(a, b, "l2").double(), (d**2).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(splam.distance(a, b, "l2").double().mean(), (d**2).mean(), rtol=1e-5, atol=0)
     huber = ((d**2 + c**2) ** 0.5 - c).mean()
-    torch.testing.assert_close(splam.distance(a, b, "huber").double(), huber, rtol=1e-4, atol=2e-10)
+    torch.testing.assert_close(splam.distance(a, b, "huber").double().mean(), huber, rtol=1e-4, atol=2e-10)
 
 
 def test_huber_is_quadratic_near_zero_and_linear_far_away():
@@ -653,7 +653,7 @@ def knows(eps, seen=None):
 def loss_knowing_eps(ode, sigma, seen=None):
     """Teacher, student and target all know x_0 and ε."""
     draws, x0 = splam.draw((64, 2), 1000, 50, seeded(0)), torch.randn(64, 2, generator=seeded(1))
-    perfect, options = knows(draws.noise, seen), dict(k=100, solver_step=20, ode=ode, sigma=sigma)
+    perfect, options = knows(draws.noise, seen), dict(k=100, solver_step=20, ode=ode, sigma_form=sigma)
     return splad_loss(perfect, perfect, lambda x, t: (x0, draws.noise), SD, x0, {"label": 0}, draws, **options)
 
 

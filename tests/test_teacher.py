@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import one_line, save, unet
+from conftest import one_line, unet
+from conftest import save as save_parts
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 import sample
 import teacher
 from data import BadInput
 from splam import ConsistencyFunction, boundary
-from teacher import ImageTeacher, PointTeacher, fit_or_load, load, save_pipeline
-from toy import DISTRIBUTIONS, PointMLP
+from teacher import ImageModel, PointModel, fit_or_load, load, save
+from toy.distributions import DISTRIBUTIONS
+from toy.laboratory import pf_ode_end
+from toy.mlp import PointMLP
 
 TYPES = ["epsilon", "v_prediction", "sample"]
 
@@ -21,8 +24,8 @@ TYPES = ["epsilon", "v_prediction", "sample"]
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_predictions_and_schedule_are_those_of_diffusers(tmp_path, prediction_type, beta_schedule):
     """Oracle: DDIMScheduler's pred_original_sample from the same network output."""
-    model = load(str(save(tmp_path, unet(), prediction_type, beta_schedule)))
-    scheduler = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
+    model = load(str(save_parts(tmp_path, unet(), prediction_type, beta_schedule)))
+    scheduler = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(1000)
     assert torch.allclose(model.schedule.alpha**2, scheduler.alphas_cumprod, rtol=1e-5, atol=1e-9)
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -37,7 +40,7 @@ def test_predictions_and_schedule_are_those_of_diffusers(tmp_path, prediction_ty
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_guidance_in_one_batch_is_guidance_in_two_passes(tmp_path, prediction_type):
-    model = load(str(save(tmp_path, unet(classes=4), prediction_type)))
+    model = load(str(save_parts(tmp_path, unet(classes=4), prediction_type)))
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([5, 500, 900])
     label, nothing = torch.tensor([0, 1, 3]), torch.full((3,), 4)
     with torch.no_grad():
@@ -51,7 +54,7 @@ def test_guidance_in_one_batch_is_guidance_in_two_passes(tmp_path, prediction_ty
 
 
 def test_w_zero_makes_no_unconditional_pass(tmp_path, monkeypatch):
-    model = load(str(save(tmp_path, unet(classes=4))))
+    model = load(str(save_parts(tmp_path, unet(classes=4))))
     seen, forward = [], model.network.forward
     monkeypatch.setattr(model.network, "forward", lambda x, t, **k: seen.append(len(x)) or forward(x, t, **k))
     for w, rows in ((0.0, 2), (1.0, 4)):
@@ -61,14 +64,14 @@ def test_w_zero_makes_no_unconditional_pass(tmp_path, monkeypatch):
 
 def test_guidance_without_labels_is_refused(tmp_path):
     with pytest.raises(BadInput, match="conditional teacher"):
-        load(str(save(tmp_path, unet()))).predict(torch.randn(1, 3, 8, 8), torch.tensor([1]), {}, w=1.0)
+        load(str(save_parts(tmp_path, unet()))).predict(torch.randn(1, 3, 8, 8), torch.tensor([1]), {}, w=1.0)
 
 
 @pytest.mark.parametrize("conditioning", ["embedding", "time"])
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_a_student_starts_as_the_teacher(tmp_path, prediction_type, conditioning):
     """At γ = 1 and step 0, whatever the γ-projection's weights are; and stock names and shapes come back out."""
-    model = load(str(save(tmp_path, unet(classes=4), prediction_type)))
+    model = load(str(save_parts(tmp_path, unet(classes=4), prediction_type)))
     student = ConsistencyFunction(model.copy_network(), model.schedule, prediction_type, conditioning)
     x, t, cond = torch.randn(3, 3, 8, 8), torch.tensor([19, 499, 999]), {"class_labels": torch.tensor([0, 1, 4])}
     with torch.no_grad():
@@ -84,14 +87,14 @@ def test_a_student_starts_as_the_teacher(tmp_path, prediction_type, conditioning
 def test_an_ideal_teacher_answers_by_its_distribution_and_its_students_by_their_network(tmp_path):
     torch.manual_seed(0)
     network = PointMLP(width=16, num_class_embeds=3, distribution="clouds", ideal=True)
-    teacher = load(str(save(tmp_path / "t", network, clip_sample=False)))
+    teacher = load(str(save_parts(tmp_path / "t", network, clip_sample=False)))
     x, t, label = torch.randn(8, 2), torch.full((8,), 500), torch.arange(8) % 3
     cond = teacher.condition(label)
     alpha, sigma = teacher.schedule.at(t, 2)
     x0, eps = teacher.predict(x, t, cond, 2.0)
     torch.testing.assert_close(eps, DISTRIBUTIONS["clouds"].eps(x, alpha, sigma, label, 2.0))
     torch.testing.assert_close(alpha * x0 + sigma * eps, x)
-    save_pipeline(teacher.student(teacher.network.state_dict(), 50).pipeline, tmp_path / "s")
+    save(teacher.student(teacher.network.state_dict(), 50), tmp_path / "s")
     student = load(str(tmp_path / "s"))
     _, eps = student.predict(x, t, cond)
     torch.testing.assert_close(eps, network(x, t, label).sample)
@@ -100,16 +103,16 @@ def test_an_ideal_teacher_answers_by_its_distribution_and_its_students_by_their_
 @pytest.mark.parametrize("ideal", [True, False])
 def test_the_endpoint_is_where_the_teachers_own_sampler_arrives(tmp_path, ideal):
     torch.manual_seed(0)
-    teacher = load(str(save(tmp_path, PointMLP(width=16, ideal=ideal), clip_sample=False)))
+    teacher = load(str(save_parts(tmp_path, PointMLP(width=16, ideal=ideal), clip_sample=False)))
     noise = sample.SeededNoise((2,), range(32), torch.device("cpu"))()
     by_sampler = sample.sample(teacher, range(32), 1000, "ddim")
-    assert (teacher.endpoint(noise, {}) - by_sampler).norm(dim=1).mean() < 0.01
+    assert (pf_ode_end(teacher, noise, {}) - by_sampler).norm(dim=1).mean() < 0.01
 
 
 def test_the_kind_is_read_from_the_folder(tmp_path):
-    assert isinstance(load(str(save(tmp_path / "a", unet()))), ImageTeacher)
-    assert isinstance(load(str(save(tmp_path / "b", PointMLP(width=8)))), PointTeacher)
-    network = DiffusionPipeline.from_pretrained(save(tmp_path / "c", unet(classes=4))).unet  # stock diffusers
+    assert isinstance(load(str(save_parts(tmp_path / "a", unet()))), ImageModel)
+    assert isinstance(load(str(save_parts(tmp_path / "b", PointMLP(width=8)))), PointModel)
+    network = DiffusionPipeline.from_pretrained(save_parts(tmp_path / "c", unet(classes=4))).unet  # stock diffusers
     assert network.config.num_class_embeds == 5
 
 
@@ -119,13 +122,13 @@ def test_what_is_no_teacher_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(BadInput, match="nobody/nothing"):
         load("nobody/nothing")
     with pytest.raises(BadInput, match="unknown 2-D distribution 'toy:rings'"):
-        fit_or_load("toy:rings", tmp_path, 0, "no")
+        fit_or_load("toy:rings", tmp_path)
 
 
 def test_a_folder_of_another_kind_is_refused_before_it_can_name_a_module_to_import(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    save(tmp_path / "teacher", unet())
+    save_parts(tmp_path / "teacher", unet())
     file = tmp_path / "teacher/model_index.json"
     index = json.loads(file.read_text())
     evil = {"unet": ["evil", "UNet2DModel"]}, {"scheduler": ["evil", "DDPMScheduler"]}
@@ -136,7 +139,7 @@ def test_a_folder_of_another_kind_is_refused_before_it_can_name_a_module_to_impo
 
 
 def test_weights_in_a_pickle_are_refused(tmp_path):
-    save(tmp_path, unet())
+    save_parts(tmp_path, unet())
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save(unet().state_dict(), tmp_path / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(BadInput, match="cannot load"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import distill
 import training
-from toy import PointMLP
+from toy.mlp import PointMLP
 
 
 @pytest.fixture

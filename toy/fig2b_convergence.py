@@ -1,4 +1,7 @@
-"""Figure 2(b): quality against training steps, and against the network evaluations that they cost."""
+"""python -m toy.fig2b_convergence
+
+Figure 2(b): quality against training steps, and against the network evaluations that they cost.
+"""
 
 from PIL import Image
 
@@ -18,14 +21,12 @@ PARTS = [2.0**-i for i in range(7)]  # of the training, after which students are
 
 
 def picture(found: Findings) -> Image.Image:
-    def panel(column: str, count: str, label: str) -> plots.Panel:
-        values = {name: found.of(name, column) for name in found.rows}
-        series = {name: (found.of(name, count)[0], v.mean(0), v.std(0)) for name, v in values.items()}
-        return plots.Panel(column, label, "", series, xscale="log")
-
+    """The map error by steps and by cost, and the distance to the data by cost."""
     error, _, distance, *_ = found.columns()
-    steps, evaluations = ("step", "training steps"), ("evaluations", "network evaluations, in batches")
-    return plots.curves(panel(error, *steps), panel(error, *evaluations), panel(distance, *evaluations))
+    by_cost = "network evaluations, in batches"
+    panels = [plots.Panel(error, "training steps", "", found.curves(error, "step"), "log")]
+    panels += [plots.Panel(c, by_cost, "", found.curves(c, "evaluations"), "log") for c in (error, distance)]
+    return plots.curves(*panels)
 
 
 @program

@@ -1,188 +1,201 @@
 """What the scripts of this folder share: students distilled at equal cost over several seeds, measured, and recorded.
 
-A variant is a command line of distill.py, so whatever is compared here is what that program does. Each student is
-trained in one thread, so that its numbers depend neither on the cores of the machine nor on what else it does.
+A variant is a command line of distill.py, so whatever is compared here is what that program does. Each student is trained
+in one thread, so that its numbers depend neither on the machine's cores nor on what else it does.
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import distill
+import teacher
 import training
-from comparison import machine, print_rows, results, spread, update
-from data import BadInput, writable_folder
-from kinds import Teacher
-from metrics import Measure
-from sample import SeededNoise, sample
-from teacher import fit, load, parse
-from toy.points import POINTS
+from data import POINTS, BadInput, writable_folder
+from evaluate import Evaluation, machine, print_rows
+from sample import SeededNoise, n_steps, overview, preview, sample
+from splam import multiple_estimation
+from teacher import DiffusionModel
 
 STEPS = [1, 2, 4]
 WORK = Path("runs/laboratory")  # teachers that are fitted here, and what an interrupted script has already measured
+ROOT = Path(__file__).parents[1]
+# All that a student's numbers depend on, beside its flags and the functions that its script brings along.
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "toy" / name for name in ("laboratory.py", "mlp.py", "distributions.py"))]
 
 
 class Variant(NamedTuple):
-    """A row of a table: flags of distill.py; flags of teacher.py, for a teacher that is fitted here; and what an
-    ablation changes in the code, as {"splam.gamma_embedding": replacement}."""
+    """A row of a table, told apart from the others by flags, or by what an ablation puts in the place of a part."""
 
-    flags: str = ""
-    teacher: str = ""
-    changes: dict[str, object] = {}
+    flags: str = ""  # of distill.py
+    teacher: str = ""  # of teacher.py, for a teacher that is fitted here
+    parts: dict[str, Callable] = {}  # keyword arguments of distill.Distillation: draw, solver, embed
+    network: dict[str, int] = {}  # those of the toy's PointMLP, for the teacher and so for its students
+    dataset: Callable[[str], Dataset] | None = None  # in the place of data.Points, for both
 
 
-class Bench:
-    """A teacher, and all that its students are measured by."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring a student
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, teacher: Teacher, data: str, w: float, num_samples: int, features: str, mixed_precision: str):
-        self.teacher, self.data, self.w, self.mixed_precision = teacher, data, w, mixed_precision
-        self.device = training.process().device
-        teacher.to(self.device)
-        self.seeds, batch = range(num_samples), teacher.evaluation["batch_size"]
-        self.noise = SeededNoise(teacher.shape, self.seeds, torch.device("cpu"))()
-        labels = teacher.labels([])
+
+@torch.no_grad()
+def pf_ode_end(model: DiffusionModel, noise: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> Tensor:
+    """Where the PF-ODE (Eq. 3, guided by w) takes the noise of time N-1, (B, ...): the map that is to be distilled.
+
+    Of an ideal teacher by scipy's solver, of others as far as their DDIM in `many_steps` steps knows.
+    """
+    last = len(model.schedule) - 1
+    t = torch.full((len(noise),), last, device=noise.device)
+    zero = torch.zeros_like(t)
+    if getattr(model, "ideal", False):
+        return model.mixture.endpoint(noise, *model.schedule.at(t[:1], 2), cond.get("class_labels"), w)
+    denoise = functools.partial(model.predict, cond=cond, w=w)
+    x = multiple_estimation(denoise, model.schedule, noise, t, zero, last, len(model.schedule) // model.many_steps)
+    return denoise(x, zero)[0]
+
+
+class Bench(Evaluation):
+    """An evaluation that also knows where the teacher's PF-ODE ends, `endpoint`, for each of its noises."""
+
+    def __init__(self, model: DiffusionModel, data: str, w: float, num_samples: int, features: str, precision: str):
+        model.to(training.process().device)
+        super().__init__(model, data, num_samples, features=features, mixed_precision=precision)
+        self.w, labels, ends = w, model.labels([]), []
+        self.noise = SeededNoise(model.shape, self.seeds, torch.device("cpu"))()
         self.labels = labels[torch.tensor(self.seeds) % len(labels)]
-        self.reference = teacher.reference(data, "train", None)
-        self.measures: list[Measure] = teacher.measures(self.reference, features, None)
-        parts = zip(self.noise.split(batch), self.labels.split(batch), strict=True)
-        self.endpoint = torch.cat([self._endpoint(*part) for part in parts])
+        for noise, label in zip(self.noise.split(model.batch_size), self.labels.split(model.batch_size), strict=True):
+            with training.autocast(model.device, precision):
+                cond = model.condition(label.to(model.device))
+                ends.append(model.decode(pf_ode_end(model, noise.to(model.device), cond, w)).cpu())
+        self.endpoint = torch.cat(ends)
 
-    @torch.no_grad()
-    def _endpoint(self, noise: Tensor, label: Tensor) -> Tensor:
-        with training.autocast(self.device, self.mixed_precision):
-            cond = self.teacher.condition(label.to(self.device))
-            return self.teacher.decode(self.teacher.endpoint(noise.to(self.device), cond, self.w)).cpu()
-
-    def sample(self, student: Teacher, steps: int, count: int | None = None) -> Tensor:
+    def sample(self, student: DiffusionModel, steps: int, count: int | None = None) -> Tensor:
         """From the bench's noises, or the first of them."""
-        return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision)
+        return sample(student, self.seeds[:count], steps, mixed_precision=self.options["mixed_precision"])
 
     def distances(self, samples: Tensor) -> dict[str, float]:
         """To the data."""
-        update(self.measures, self.teacher.measured(samples, None), [])
-        return results(self.measures)
-
-    def references(self) -> dict[str, dict[str, float]]:
-        """The floor, which is the distance of data to data; and the teacher at the end of its PF-ODE."""
-        held_out = self.teacher.reference(self.data, "test", None)
-        for part in spread(len(held_out), len(self.seeds)).split(250):
-            update(self.measures, held_out[part], [])
-        return {"held-out data": results(self.measures), "teacher, PF-ODE": self.distances(self.endpoint)}
+        self.update(samples)
+        return self.results()
 
 
-def quality(bench: Bench, student: Teacher) -> dict[str, float]:
+def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
     """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data."""
     samples = {n: bench.sample(student, n) for n in STEPS}
     errors = (samples[1] - bench.endpoint).flatten(1).norm(dim=1)
     values = {"map error": errors.mean().item(), "map error, 95 %": errors.quantile(0.95).item()}
     for n, x in samples.items():
-        values |= {f"{name}, {n} step{'s' * (n > 1)}": value for name, value in bench.distances(x).items()}
+        values |= {f"{name}, {n_steps(n)}": value for name, value in bench.distances(x).items()}
     return values
 
 
-Measured = Callable[[Bench, Teacher], dict]
+Measure = Callable[[Bench, DiffusionModel], dict]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training students. Jobs are plain data, and what runs them are plain functions, since both go to other processes.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
-    """One student, in a form that goes to another process."""
+    """One student."""
 
-    variant: str
+    name: str
+    variant: Variant
     flags: list[str]  # of distill.py
-    teacher: list[str]  # flags of teacher.py, or none for a teacher that exists
-    changes: dict[str, object]
+    teacher: list[str]  # of teacher.py, or none for a teacher that exists
     at: list[int]  # steps after which it is measured
-    measure: Measured
+    measure: Measure
     num_samples: int
     features: str
     save_samples: bool
 
-    @property
-    def teacher_changes(self) -> dict[str, object]:
-        """Those of network and data, which are the teacher's as well."""
-        return {name: replacement for name, replacement in self.changes.items() if name.startswith("toy.points.")}
+
+def key(*parts: object) -> str:
+    """A file name for what is made from these parts, functions, and the sources of both.
+
+    An edited function so never meets a result of the old one. Functions count by the files in which they stand.
+    """
+    files = set(SOURCES)
+
+    def describe(part: object) -> str:
+        files.add(Path(sys.modules[part.__module__].__file__))
+        return part.__qualname__
+
+    text = json.dumps(parts, default=describe)
+    sources = "".join(file.read_text() for file in sorted(files))
+    return hashlib.sha1((text + sources).encode()).hexdigest()[:12]
 
 
-def silent(*arguments, **options) -> tqdm:
-    """No bar: one for all students is enough."""
-    return tqdm(*arguments, **{**options, "disable": True})
-
-
-@contextlib.contextmanager
-def changed(changes: dict[str, object]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for name, replacement in {"training.tqdm": silent, **changes}.items():
-            stack.enter_context(patch(name, replacement))
-        yield
-
-
-def digest(*parts: object) -> str:
-    """A name for what is made from these parts; functions are known by theirs."""
-    text = json.dumps(parts, default=lambda part: getattr(part, "__qualname__", repr(part)))
-    return hashlib.sha1(text.encode()).hexdigest()[:12]
+def teacher_key(job: Job) -> str:
+    return key(job.teacher, job.variant.network, job.variant.dataset)
 
 
 def fit_teacher(job: Job) -> str:
-    """The name of the job's teacher; where that is of 2-D points, the folder in which it is fitted now, if it is not
-    there yet."""
+    """The name of the job's teacher. One of 2-D points is fitted first, if that is not done yet."""
     torch.set_num_threads(1)
     if not job.teacher:
         return distill.parser().parse_args(job.flags).pretrained_teacher_model
-    folder = WORK / f"teacher-{digest(job.teacher, job.teacher_changes)}"
+    folder = WORK / f"teacher-{teacher_key(job)}"
     if not (folder / "model_index.json").is_file():
-        with changed(job.teacher_changes):
-            fit(parse([*job.teacher, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]))
+        args = teacher.parse([*job.teacher, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
+        model = teacher.new_model(args, **job.variant.network)
+        with contextlib.redirect_stderr(io.StringIO()):  # one progress bar for all is enough
+            teacher.train(args, model, job.variant.dataset(args.data) if job.variant.dataset else model.dataset(args))
     return str(folder)
 
 
 @functools.lru_cache(maxsize=8)
-def bench(teacher: str, data: str, w: float, num_samples: int, features: str, mixed_precision: str) -> Bench:
-    return Bench(load(teacher), data, w, num_samples, features, mixed_precision)
+def bench(name: str, *options) -> Bench:
+    return Bench(teacher.load(name), *options)
 
 
-def prepare(job: Job) -> tuple[argparse.Namespace, Teacher, Bench]:
-    """Flags, teacher and bench, of the code as it is."""
+def prepare(job: Job) -> tuple[argparse.Namespace, DiffusionModel, Bench]:
+    """Flags, teacher and bench."""
     name = fit_teacher(job)
-    args, teacher = distill.configure(distill.parser(), [*job.flags, "--pretrained_teacher_model", name])
-    return args, teacher, bench(name, args.data, args.guidance_w, job.num_samples, job.features, args.mixed_precision)
+    args, model = distill.configure([*job.flags, "--pretrained_teacher_model", name])
+    return args, model, bench(name, args.data, args.guidance_w, job.num_samples, job.features, args.mixed_precision)
 
 
 def distil(job: Job) -> list[dict]:
     """The student's rows, one for each time it is measured."""
-    args, teacher, place = prepare(job)
-    with changed(job.changes):
-        distillation, rows, calls = distill.Distillation(args, teacher), [], distill.forward_passes(args)
-        for step, batches in distillation.run:
-            distillation.step(step, batches)
+    with contextlib.redirect_stderr(io.StringIO()):
+        args, model, place = prepare(job)
+        dataset = job.variant.dataset(args.data) if job.variant.dataset else None
+        distillation, rows = distill.Distillation(args, model, dataset, **job.variant.parts), []
+        for step, _ in distillation.steps():
             if step in job.at:
-                student = distillation.student().to(place.device)
-                row = {"variant": job.variant, "seed": args.seed, "step": step, "evaluations": step * calls}
+                student, evaluations = distillation.student(), step * distill.forward_passes(args)
+                row = {"variant": job.name, "seed": args.seed, "step": step, "evaluations": evaluations}
                 rows.append({**row, **job.measure(place, student)})
         if job.save_samples:
-            rows[-1]["samples"] = place.sample(student, 1, teacher.pictured).tolist()
+            rows[-1]["samples"] = place.sample(student, 1, preview(model)[0]).tolist()
     return rows
 
 
-def each(function: Callable, jobs: list[Job], processes: int) -> Iterator[tuple[Job, object]]:
+def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator[tuple[Job, object]]:
     """Jobs and what the function made of them, as they are done."""
     if processes == 1:
         yield from ((job, function(job)) for job in jobs)
         return
-    os.environ["TQDM_DISABLE"] = "1"  # in the processes to come
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
@@ -193,17 +206,21 @@ def each(function: Callable, jobs: list[Job], processes: int) -> Iterator[tuple[
             raise
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class Findings(NamedTuple):
-    """What was measured: rows by variant, in the order of seeds and times; references; each variant's flags, and all
-    flags of distill.py for the first student."""
+    """What was measured: rows by variant, in the order of seeds and times; what real data and the PF-ODE's ends have; and
+    all flags of distill.py for the first student."""
 
     rows: dict[str, list[dict]]
     references: dict[str, dict[str, float]]
-    flags: dict[str, str]
     configuration: dict[str, object]
 
     def columns(self) -> list[str]:
-        """Those of one number a row."""
+        """Those with one number a row."""
         first = next(iter(self.rows.values()))[0]
         return [column for column, value in first.items() if isinstance(value, float)]
 
@@ -219,111 +236,118 @@ class Findings(NamedTuple):
         values = self.of(variant, column)[:, -1]
         return values.mean().item(), values.std().item()
 
-    def lines(self, variants: dict[str, dict[float, str]], column: str) -> dict[str, tuple]:
+    def curves(self, column: str, x: str | list) -> dict[str, tuple]:
+        """Lines of a plots.Panel, one for each variant: over another column's values, or over the list `x`."""
+        lines = {}
+        for name in self.rows:
+            values = self.of(name, column)
+            values = values[:, -1] if values.ndim == 3 else values
+            lines[name] = (self.of(name, x)[0] if isinstance(x, str) else x, values.mean(0), values.std(0))
+        return lines
+
+    def ends(self, variants: dict[str, dict[float, str]], column: str) -> dict[str, tuple]:
         """Lines of a plots.Panel through the ends of variants, {line: {x: variant}}; those left out are skipped."""
-        found = {}
+        lines = {}
         for line, points in variants.items():
             if ends := {x: self.last(variant, column) for x, variant in points.items() if variant in self.rows}:
-                found[line] = (list(ends), *zip(*ends.values(), strict=True))
-        return found
+                lines[line] = (list(ends), *zip(*ends.values(), strict=True))
+        return lines
 
 
 class Laboratory:
     """One script: its flags, its students, and the table, picture and record that it ends with."""
 
-    def __init__(self, script: str, doc: str, **defaults):
+    def __init__(self, script: str, doc: str, questions: Iterable[str] = (), **defaults):
         name = Path(script).stem
-        p = argparse.ArgumentParser(
-            prog=f"python -m toy.{name}",
-            description=doc.splitlines()[0],
-            epilog="All other flags are distill.py's, for all students.",
-            formatter_class=training.Help,
+        p = training.Parser(
+            prog=f"python -m toy.{name}", description=doc.splitlines()[2], formatter_class=training.Help
         )
+        p.epilog = "All other flags are distill.py's, for all students."
+        if questions:
+            p.add_argument("question", choices=list(questions), help="which of the tables")
         p.add_argument("--pretrained_teacher_model", default="ideal:8gaussians", help="as of distill.py")
-        p.add_argument("--seeds", type=int, default=5, help="students of each kind")
-        p.add_argument("--budget", type=int, default=9000, help="network evaluations of a student, in whole batches")
-        p.add_argument("--num_samples", type=int, default=1024, help="by which a student is measured")
+        p.add_argument("--seeds", type=training.two_or_more, default=5, help="students of each kind")
+        p.add_argument(
+            "--budget", type=training.positive, default=9000, help="network evaluations of a student, in batches"
+        )
+        p.add_argument("--num_samples", type=training.positive, default=1024, help="by which a student is measured")
         p.add_argument("--features", default="inception", help="of images, as of evaluate.py")
         p.add_argument("--only", nargs="+", help="some of the students, by their names in the table")
-        p.add_argument("--processes", type=int, help="students at a time; default: one a core, at most 8; on a GPU 1")
+        p.add_argument(
+            "--processes", type=training.positive, help="students at a time (default: one a core, one on a GPU)"
+        )
         p.add_argument("--save_samples", action="store_true", help="also a picture of one step of the first students")
         p.add_argument("--quick", action="store_true", help="a few steps: shows that all works, and nothing else")
-        p.add_argument("--out", help=f"without suffix; default: toy/results/{name}")
+        p.add_argument("--out", help="without suffix (default: toy/results/ and the script's name)")
         p.set_defaults(**defaults)
         args, given = p.parse_known_args()
-        self.flags = ["--train_batch_size", "128"] if args.pretrained_teacher_model.startswith(POINTS) else []
+        points = args.pretrained_teacher_model.startswith(POINTS)
+        self.flags = ["--train_batch_size", "128"] if points else []
         self.flags += ["--pretrained_teacher_model", args.pretrained_teacher_model, *given]
         if args.quick:
             args.seeds, args.budget, args.num_samples, args.processes = 2, 50, 64, 1
             self.flags += ["--train_batch_size", "16", "--lr_warmup_steps", "0"]
-        training.check_positive(args, "budget", "num_samples", "processes")
-        if args.seeds < 2:
-            raise BadInput(f"--seeds must be 2 or more, for their spread, not {args.seeds}")
         args.processes = args.processes or (1 if torch.accelerator.is_available() else min(8, os.cpu_count() or 1))
-        args.out = args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}"
-        writable_folder(Path(args.out).parent)
+        name += f"_{args.question}" if questions else ""
+        self.args, self.out = args, Path(args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}")
+        writable_folder(self.out.parent)
         writable_folder(WORK)
-        self.args = args
 
-    def _job(self, name: str, variant: Variant, seed: int, measure: Measured, at: Iterable[float]) -> Job:
+    def job(self, name: str, variant: Variant, seed: int, measure: Measure, at: Iterable[float]) -> Job:
+        """A student that is measured `at` these parts of its training, whose length the budget decides."""
         args = self.args
         flags = [*self.flags, *shlex.split(variant.flags), "--seed", str(seed), "--output_dir", str(WORK)]
         parsed = distill.parser().parse_args(flags)
         steps = parsed.max_train_steps or max(1, args.budget // distill.forward_passes(parsed))
         flags += ["--max_train_steps", str(steps)]
-        teacher = []
+        fitted = []
         if parsed.pretrained_teacher_model.startswith(POINTS):
-            teacher = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed)]
-            teacher += ["--max_train_steps", "30", "--train_batch_size", "32"] * args.quick + shlex.split(
-                variant.teacher
-            )
-        times, save_samples = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
-        mine = variant.changes, times, measure, args.num_samples, args.features, save_samples
-        return Job(name, flags, teacher, *mine)
+            quick = "--max_train_steps 30 --train_batch_size 32" if args.quick else ""
+            fitted = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed)]
+            fitted += shlex.split(f"{quick} {variant.teacher}")
+        times, save = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
+        return Job(name, variant, flags, fitted, times, measure, args.num_samples, args.features, save)
+
+    def bench(self) -> Bench:
+        """That of the first seed, where no variant changes the teacher."""
+        return prepare(self.job("", Variant(), 0, quality, ()))[2]
 
     def report(
         self,
         variants: dict[str, Variant],
         picture: Callable[[Findings], Image.Image],
-        measure: Measured = quality,
+        measure: Measure = quality,
         at: Iterable[float] = (1,),
     ) -> None:
-        """The whole script: students, table, picture and record."""
-        found = self.run(variants, measure, at)
-        self.finish(found, picture(found))
-
-    def run(self, variants: dict[str, Variant], measure: Measured, at: Iterable[float]) -> Findings:
-        """Trains and measures all students, `at` these parts of their training. What an interrupted call had measured
-        is taken from WORK, where `finish` forgets it."""
-        if unknown := set(self.args.only or ()) - set(variants):
+        """The whole script. What an interrupted call has measured lies in WORK, and is forgotten when all is written."""
+        args = self.args
+        if unknown := set(args.only or ()) - set(variants):
             raise BadInput(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")
-        names = [name for name in variants if name in (self.args.only or variants)]
-        jobs = [self._job(name, variants[name], seed, measure, at) for name in names for seed in range(self.args.seeds)]
-        teachers = {digest(job.teacher, job.teacher_changes): job for job in jobs if job.teacher}
-        with tqdm(total=len(teachers), desc="teachers", leave=False) as bar:
-            for _ in each(fit_teacher, list(teachers.values()), self.args.processes):
-                bar.update()
-        self.records = {WORK / f"{digest(job)}.json": job for job in jobs}
-        missing = [job for path, job in self.records.items() if not path.is_file()]
+        names = [name for name in variants if name in (args.only or variants)]
+        jobs = [self.job(name, variants[name], seed, measure, at) for name in names for seed in range(args.seeds)]
+        records = {WORK / f"{key(job)}.json": job for job in jobs}
+        teachers = {teacher_key(job): job for job in jobs if job.teacher}
+        for _ in tqdm(run_jobs(fit_teacher, list(teachers.values()), args.processes), "teachers", len(teachers), False):
+            pass
+        missing = [job for path, job in records.items() if not path.is_file()]
         with tqdm(total=len(jobs), desc="students", initial=len(jobs) - len(missing), leave=False) as bar:
-            for job, rows in each(distil, missing, self.args.processes):
-                draft = WORK / f"{digest(job)}.tmp"
+            for job, rows in run_jobs(distil, missing, args.processes):
+                draft = WORK / f"{key(job)}.tmp"
                 draft.write_text(json.dumps(rows))
                 draft.rename(draft.with_suffix(".json"))
                 bar.update()
         rows = {name: [] for name in names}
-        for path, job in self.records.items():
-            rows[job.variant] += json.loads(path.read_text())
+        for path, job in records.items():
+            rows[job.name] += json.loads(path.read_text())
         configuration, _, place = prepare(jobs[0])
-        return Findings(rows, place.references(), {name: variants[name].flags for name in names}, vars(configuration))
+        references = {"held-out data": place.held_out_data(), "teacher, PF-ODE": place.distances(place.endpoint)}
+        findings = Findings(rows, references, vars(configuration))
+        self._write(findings, picture(findings), {name: variants[name].flags for name in names})
+        for path in records:
+            path.unlink()
 
-    def bench(self) -> Bench:
-        """That of the first seed, where no variant changes the teacher."""
-        return prepare(self._job("", Variant(), 0, quality, ()))[2]
-
-    def finish(self, found: Findings, picture: Image.Image) -> None:
+    def _write(self, found: Findings, picture: Image.Image, flags: dict[str, str]) -> None:
         """Prints the table, and writes it beside the picture and the rows."""
-        args, out = self.args, Path(self.args.out)
         summary = {name: {column: found.last(name, column) for column in found.columns()} for name in found.rows}
         lines = []
         for name, values in summary.items():
@@ -332,21 +356,15 @@ class Laboratory:
         print_rows(lines)
         for name, values in found.references.items():
             print(f"{name}: {', '.join(f'{column} {value:.4g}' for column, value in values.items())}")
-        device = machine() if torch.accelerator.is_available() else f"{args.processes} times one CPU thread"
-        record = {
-            "machine": device,
-            "flags": vars(args),
-            "all students": shlex.join(self.flags),
-            "students": found.flags,
-        }
-        record |= {"first student": found.configuration, "references": found.references, "summary": summary}
-        picture.save(out.with_name(out.name + ".png"))
-        last = {name: rows[len(rows) // args.seeds - 1] for name, rows in found.rows.items()}  # of the first seed
-        if samples := {name: torch.tensor(row.pop("samples")) for name, row in last.items() if "samples" in row}:
+        picture.save(f"{self.out}.png")
+        lasts = {name: rows[len(rows) // self.args.seeds - 1] for name, rows in found.rows.items()}  # of the first seed
+        if samples := {name: torch.tensor(row.pop("samples")) for name, row in lasts.items() if "samples" in row}:
             place = self.bench()
-            panels = {"teacher, PF-ODE": place.endpoint[: place.teacher.pictured], **samples}
-            place.teacher.overview(panels).save(out.with_name(out.name + "-samples.png"))
-        out.with_name(out.name + ".json").write_text(json.dumps({**record, "rows": found.rows}, indent=1))
-        print(f"{out}.png  {out}.json")
-        for path in self.records:
-            path.unlink()
+            panels = {"teacher, PF-ODE": place.endpoint[: preview(place.model)[0]], **samples}
+            overview(place.model, panels).save(f"{self.out}-samples.png")
+        threads = f"{self.args.processes} times one CPU thread"
+        record = {"machine": machine() if torch.accelerator.is_available() else threads, "flags": vars(self.args)}
+        record |= {"all students": shlex.join(self.flags), "students": flags, "first student": found.configuration}
+        record |= {"references": found.references, "summary": summary, "rows": found.rows}
+        Path(f"{self.out}.json").write_text(json.dumps(record, indent=1))
+        print(f"{self.out}.png  {self.out}.json")

@@ -1,16 +1,33 @@
 """A diffusion network for points, with the calling convention and the time embedding of diffusers' U-Nets."""
 
-from diffusers import ModelMixin
+from pathlib import Path
+from typing import NamedTuple
+
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.unets.unet_2d import UNet2DOutput
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 
-class PointMLP(ModelMixin, ConfigMixin):
-    """Residual MLP (B, 2) -> (B, 2). The saved config remembers to what `distribution` it was fitted, and whether the
-    teacher that it belongs to is `ideal`: answers by the distribution's closed form, so that only students need it."""
+class Output(NamedTuple):
+    """Where diffusers' networks have their result too: network(...).sample."""
+
+    sample: Tensor
+
+
+class PointMLP(nn.Module, ConfigMixin):
+    """Residual MLP (B, 2) -> (B, 2), called like a U-Net: network(x, t, class_labels=...).sample.
+
+    Its config also remembers what it was fitted to: `distribution`, and whether the teacher that it belongs to is
+    `ideal`, which answers by the distribution's closed form, so that only its students need the network.
+
+    It is saved as diffusers saves a model, config.json and safetensors. It does not inherit diffusers' ModelMixin, which
+    would do that too, because that class imports transformers: half a second for every start of the toy.
+    """
+
+    config_name = "config.json"
+    weights_name = "diffusion_pytorch_model.safetensors"
 
     @register_to_config
     def __init__(
@@ -31,11 +48,24 @@ class PointMLP(ModelMixin, ConfigMixin):
         self.outer = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.last = nn.Linear(width, 2)
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Output:
+        """x (B, 2), times (B,) or one time, which need not be whole, and class numbers (B,) if it has classes."""
         emb = self.time_embedding(self.time_proj(timestep.expand(len(sample))))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
         h = self.first(sample)
         for inner, outer in zip(self.inner, self.outer, strict=True):
             h = h + outer(silu(inner(silu(h + emb))))
-        return UNet2DOutput(sample=self.last(silu(h)))
+        return Output(sample=self.last(silu(h)))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Config and weights, into `folder`."""
+        self.save_config(folder)
+        save_file({name: w.contiguous() for name, w in self.state_dict().items()}, Path(folder) / self.weights_name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "PointMLP":
+        """What save_pretrained wrote."""
+        network = cls.from_config(cls.load_config(folder))
+        network.load_state_dict(load_file(Path(folder) / cls.weights_name))
+        return network

@@ -1,4 +1,4 @@
-"""All plotting of the 2-D laboratory."""
+"""All plotting of the 2-D laboratory. Each function returns a PIL image."""
 
 import io
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
@@ -34,33 +34,45 @@ def scatter(points: Tensor) -> Image.Image:
     return _rendered(figure)
 
 
-def overview(panels: dict[str, Tensor], paths: Tensor, chords: Tensor) -> Image.Image:
-    """A panel for each named batch of points, and one of PF-ODE `paths` (times, n, 2) with their sub-path lines.
+class SubPath(NamedTuple):
+    """What `overview` draws of the PF-ODE: whole trajectories (times, n, 2); and of one of them, a sub-path from x_t to x_s
+    with its signal α (times, 1), and the line x_γ (γs, 2) from r x_s to x_t."""
 
-    `chords` (sub-paths, 2, n, 2) are the two ends of each line.
-    """
-    rows = max(2, -(-(len(panels) + 1) // 6))
-    columns = -(-(len(panels) + 1) // rows)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), layout="constrained", squeeze=False)
+    trajectories: Tensor
+    piece: Tensor
+    alpha: Tensor
+    line: Tensor
+    title: str
+
+
+def overview(panels: dict[str, Tensor], sub_path: SubPath) -> Image.Image:
+    """A panel for each named batch of points, one of trajectories, and two of a sub-path: in x and in z = x/α."""
+    columns = max(3, (len(panels) + 4) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6.2), layout="constrained")
     axes = list(axes.flat)
     for axis, (title, points) in zip(axes, panels.items(), strict=False):
         _scatter(axis, points, title)
-    last = axes[len(panels)]
-    last.plot(*paths.movedim(2, 0), color="tab:blue", lw=1.5, label="PF-ODE", zorder=2)
-    for i in range(chords.shape[2]):
-        last.plot(*chords[:, :, i].permute(2, 1, 0), color="tab:red", lw=1, label="x_γ, Eq. 12", zorder=3)
-        last.plot(*chords[:, 0, i].T, "k.", ms=4, label="sub-path ends", zorder=4)
-    last.set(title="trajectories and their sub-paths", xticks=[], yticks=[])
-    last.set_aspect("equal", adjustable="datalim")
-    handles = dict(zip(*last.get_legend_handles_labels()[::-1], strict=True))  # one entry a label
-    last.legend(handles.values(), handles.keys(), loc="best", fontsize=7, frameon=False)
-    for axis in axes[len(panels) + 1 :]:
+    whole, in_x, in_z, *unused = axes[len(panels) :]
+    whole.plot(*sub_path.trajectories.movedim(2, 0), color="tab:blue", lw=1)
+    whole.plot(*sub_path.piece.T, color="black", lw=3)
+    whole.set(title="PF-ODE, and one sub-path", aspect="equal", xticks=[], yticks=[])
+    for axis, name, scale in ((in_x, "x", sub_path.alpha**0), (in_z, "z", sub_path.alpha)):
+        piece, line = sub_path.piece / scale, sub_path.line / scale[0]  # all of the line has the signal of its start
+        axis.plot(*piece.T, color="black", lw=2, label="PF-ODE")
+        axis.plot(*line.T, color="tab:red", marker="|", ms=7, lw=1, label="line, γ = 0, 0.1 … 1")
+        ends = {f"{name}_t": piece[0], f"{name}_s": piece[-1]} | ({"r x_s": line[0]} if name == "x" else {})
+        for label, point in ends.items():
+            axis.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=9)
+        axis.set(title=f"{sub_path.title} in {'x' if name == 'x' else 'z = x/α'}", xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.legend(loc="best", fontsize=7, frameon=False)
+    for axis in unused:
         axis.set_axis_off()
     return _rendered(figure)
 
 
 class Panel(NamedTuple):
-    """Curves with a spread: {name: (x, mean, deviation)}, each (n,)."""
+    """Curves with a spread: {name: (x, mean, deviation or None)}, each (n,)."""
 
     title: str
     xlabel: str
@@ -72,6 +84,7 @@ class Panel(NamedTuple):
 
 
 def curves(*panels: Panel) -> Image.Image:
+    """The panels side by side, each with the names of its curves below."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=True):
         for i, (name, (x, mean, deviation)) in enumerate(panel.series.items()):
@@ -94,7 +107,7 @@ def curves(*panels: Panel) -> Image.Image:
 
 
 def dots(columns: dict[str, dict[str, tuple[float, float]]]) -> Image.Image:
-    """A panel for each column, {name: (mean, deviation)}, a line for each name."""
+    """A panel for each column, {name: (mean, deviation)}, with a line for each name."""
     names = list(next(iter(columns.values())))
     size = (2.2 + 3 * len(columns), 0.9 + 0.24 * len(names))
     figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)

@@ -1,6 +1,6 @@
-"""A real Stable Diffusion that fits a laptop: every part is trained here, from CIFAR-10 with captions, and is small.
+"""python -m toy.tiny_sd --data data/cifar10        40 minutes on two CPU cores
 
-python -m toy.tiny_sd --data data/cifar10 --output_dir runs/tiny-sd        40 minutes on two CPU cores
+A real Stable Diffusion that fits a laptop: every part is trained here, from CIFAR-10 with captions, and is small.
 
 1. The images are written as webdataset shards with captions, which distill.py then reads as it would read LAION.
 2. Tokenizer: byte-pair encoding of the captions, in CLIP's format.
@@ -27,17 +27,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import training
 from data import Images, load_images, program
-from evaluate import Classifier
-from kinds import StableDiffusion
 from splam import distance
-from teacher import train
+from teacher import StableDiffusion, train
+from toy.features import Classifier, fit
 
 TEMPLATES = ["a photo of {}", "a picture of {}", "an image of {}", "a small photo of {}", "{}"]
 LENGTH, WIDTH, SHARDS = 16, 64, 10  # tokens of a prompt, width of their embeddings, tar files
 
 
 def caption(name: str, i: int) -> str:
-    return TEMPLATES[i % len(TEMPLATES)].format(f"a{'n' * (name[0] in 'aeiou')} {name}")
+    """The i-th way to say it: "a picture of an airplane"."""
+    article = "an" if name[0] in "aeiou" else "a"
+    return TEMPLATES[i % len(TEMPLATES)].format(f"{article} {name}")
 
 
 def write_shards(images: Images, folder: Path) -> str:
@@ -60,23 +61,33 @@ def write_shards(images: Images, folder: Path) -> str:
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """Byte-pair encoding as CLIP does it: lower case, words end in </w>."""
-    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            end_of_word_suffix="</w>",
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
-    )
+    options = {"vocab_size": 1000, "end_of_word_suffix": "</w>", "special_tokens": special, "show_progress": False}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, merges = bpe.model.save(folder)
         return CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH)
+
+
+def text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two small layers."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        **{name: getattr(tokenizer, name) for name in names},
+    )
+    return CLIPTextModel(config)
 
 
 class CLIP(nn.Module):
@@ -84,19 +95,7 @@ class CLIP(nn.Module):
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        self.text, self.image = CLIPTextModel(config), Classifier(WIDTH)
+        self.text, self.image = text_model(tokenizer), Classifier(WIDTH)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """The similarity of each image with each caption, (B, B)."""
@@ -105,52 +104,52 @@ class CLIP(nn.Module):
 
 
 def train_text_encoder(args: argparse.Namespace, images: Images, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    run = training.Run(args, CLIP(tokenizer), images, {})
+    """CLIP's loss; but each caption fits every image of its class."""
 
-    def loss_of(x: Tensor, label: Tensor, phrasing: Tensor) -> Tensor:
-        texts = [caption(images.classes[c], i) for c, i in zip(label.tolist(), phrasing.tolist(), strict=True)]
+    def loss_of(model: nn.Module, x: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        phrasing = torch.randint(len(TEMPLATES), (len(x),), generator=generator).tolist()
+        texts = [caption(images.classes[c], i) for c, i in zip(label.tolist(), phrasing, strict=True)]
         tokens = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids.to(x.device)
-        same = (label[:, None] == label[None]).float()  # each caption fits every image of its class
-        logits = run.model((x + 1) * 127.5, tokens)
+        same = (label[:, None] == label[None]).float()
+        logits = model((x + 1) * 127.5, tokens)
         return cross_entropy(logits, same / same.sum(1, keepdim=True)) + cross_entropy(logits.T, same / same.sum(0))
 
-    for step, batches in run:
-        phrasing = torch.randint(len(TEMPLATES), (run.total_batch_size,), generator=run.generator(step))
-        pairs = zip(batches, run.split([phrasing]), strict=True)
-        run.log(step, loss=run.optimize(loss_of(*batch, *rows) for batch, rows in pairs))
-        run.checkpoint(step)
-    return run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False).text
+    return fit(args, CLIP(tokenizer), images, loss_of).text
+
+
+class AutoEncoder(nn.Module):
+    """The VAE with the whole of its loss as `forward`: DistributedDataParallel sees nothing but calls of that."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            sample_size=size,
+            mid_block_add_attention=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction, and a little of the usual pull towards a standard normal posterior."""
+        posterior = self.vae.encode(x).latent_dist
+        decoded = self.vae.decode(posterior.sample()).sample
+        return distance(decoded, x, "huber").mean() + 1e-5 * posterior.kl().mean() / x[0].numel()
 
 
 def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        sample_size=images.samples.shape[-1],
-        mid_block_add_attention=False,
-    )
-    run = training.Run(args, vae, images, {})
-    module = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-
-    def loss_of(x: Tensor, _: Tensor) -> Tensor:
-        with run.accelerator.autocast():
-            posterior = module.encode(x).latent_dist
-            decoded = module.decode(posterior.sample()).sample
-        return distance(decoded, x, "huber") + 1e-5 * posterior.kl().mean() / x[0].numel()
-
-    for step, batches in run:
-        run.log(step, loss=run.optimize(loss_of(*batch) for batch in batches))
-        run.checkpoint(step)
+    """The VAE, with the scaling factor that gives latents unit variance, as the U-Net's schedule assumes."""
+    vae = fit(args, AutoEncoder(images.samples.shape[-1]), images, lambda model, x, *_: model(x)).vae
+    x, _ = images[list(range(0, len(images.samples), max(1, len(images.samples) // 500)))]
     with torch.no_grad():
-        x, _ = images[list(range(0, len(images.samples), -(-len(images.samples) // 500)))]
-        latents = module.encode(x.to(run.accelerator.device)).latent_dist.mode()
-    module.register_to_config(scaling_factor=1 / latents.std().item())  # latents of unit variance for the U-Net
-    return module
+        latents = vae.encode(x.to(vae.device)).latent_dist.mode()
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
 
 
 def new_unet() -> UNet2DConditionModel:
+    """A U-Net in which one level looks at the text."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64, 128),
@@ -165,27 +164,19 @@ def new_unet() -> UNet2DConditionModel:
 
 @program
 def main() -> None:
-    p = argparse.ArgumentParser(
-        prog="toy/tiny_sd.py", description=__doc__.splitlines()[0], formatter_class=training.Help
+    p = training.Parser(
+        prog="python -m toy.tiny_sd", description=__doc__.splitlines()[2], formatter_class=training.Help
     )
     p.add_argument("--data", default="data/cifar10", help="folder of images by class")
     p.add_argument("--shards", default="shards", help="folder for the image-caption pairs")
-    p.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon")
-    p.add_argument("--clip_steps", type=int, default=400)
-    p.add_argument("--vae_steps", type=int, default=900)
-    p.add_argument("--ema_decay", type=float, default=0.999, help="of the U-Net's weights that are saved")
+    p.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="of the U-Net")
+    p.add_argument("--clip_steps", type=training.positive, default=400, help="of training the text encoder")
+    p.add_argument("--vae_steps", type=training.positive, default=900, help="of training the VAE")
+    p.add_argument("--ema_decay", type=training.share, default=0.999, help="of the U-Net's weights that are saved")
     training.add_arguments(p)
-    p.set_defaults(
-        output_dir="runs/tiny-sd",
-        max_train_steps=4500,
-        train_batch_size=64,
-        learning_rate=1e-3,
-        lr_scheduler="cosine",
-        mixed_precision="bf16",
-        max_grad_norm=1.0,
-        resume_from_checkpoint="latest",
-    )
-    args = p.parse_args()
+    recipe = "--max_train_steps 4500 --train_batch_size 64 --learning_rate 1e-3 --lr_scheduler cosine --max_grad_norm 1"
+    recipe += " --mixed_precision bf16 --resume_from_checkpoint latest --output_dir runs/tiny-sd"
+    args = training.parse(p, recipe)
 
     def stage(name: str, **flags) -> argparse.Namespace:
         return argparse.Namespace(**{**vars(args), "output_dir": str(folder / name), **flags})
@@ -193,21 +184,14 @@ def main() -> None:
     folder = Path(args.output_dir)
     images = load_images(args.data, mirror=True)
     shards = write_shards(images, Path(args.shards))
-    set_seed(args.seed)
+    set_seed(args.seed)  # of the initial weights
     tokenizer = make_tokenizer([caption(name, i) for name in images.classes for i in range(len(TEMPLATES))])
     text_encoder = train_text_encoder(stage("training-clip", max_train_steps=args.clip_steps), images, tokenizer)
     vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
-    scheduler = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=args.prediction_type,
-        steps_offset=1,
-        clip_sample=False,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, new_unet(), scheduler, None, None, requires_safety_checker=False
-    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
+    options = {"prediction_type": args.prediction_type, "steps_offset": 1, "clip_sample": False}
+    parts = (vae, text_encoder, tokenizer, new_unet(), DDPMScheduler(**noise, **options), None, None)
+    pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     teacher = StableDiffusion(pipeline, str(folder)).to(training.process().device)
     pairs = {"data": shards, "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
     unet = stage("", **pairs, cache_latents=str(folder / "latents"))

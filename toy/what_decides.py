@@ -1,21 +1,101 @@
-"""One change at a time: what the scripts share that ask what decides whether SPLAM is better than LCM.
+"""python -m toy.what_decides width        (or grid, data, teacher, recipe)
 
-All their students have k = 100 and five solver steps unless a change says otherwise, so LCM and SPLAM differ in γ
-alone: always 1, or uniform. Other factors have figures of their own: k and multiple estimation (fig2a), training time
+What decides whether SPLAM is better than LCM? One change at a time.
+
+All these students have k = 100 and five solver steps unless a change says otherwise. So LCM and SPLAM differ in γ alone:
+it is always 1, or uniform. Other factors have figures of their own: k and multiple estimation (fig2a), training time
 (fig2b), w (fig3), σ (appb).
 """
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from data import Points, program
+from splam import GAMMA_DIM, Draws, draw, gamma_embedding
 from toy import plots
 from toy.fig2a_skip_size import METHODS
-from toy.laboratory import Findings, Variant
+from toy.laboratory import Findings, Laboratory, Variant
 
 
-def setting(name: str, *, only: tuple[str, ...] = tuple(METHODS), flags: str = "", **options) -> dict[str, Variant]:
-    """Students of several methods under one change."""
-    return {f"{method}: {name}": Variant(f"{METHODS[method]} {flags}", **options) for method in only}
+def few_points(data: str) -> Points:
+    """256 points to train on."""
+    points = Points(data)
+    points.samples, points.labels = points.samples[:256], points.labels[:256]
+    return points
+
+
+def late_gamma(*arguments, **options) -> Draws:
+    """γ between 0.5 and 1."""
+    draws = draw(*arguments, **options)
+    return draws._replace(gamma=0.5 + draws.gamma / 2)
+
+
+def sharp_embedding(gamma: Tensor) -> Tensor:
+    """The frequencies of LCM's guidance embedding, up to 1000 radians, but zero at γ = 1 like ours."""
+    angle = 1000 * (1 - gamma.float())[:, None] * torch.logspace(0, -4, GAMMA_DIM // 2, device=gamma.device)
+    return torch.cat([angle.sin(), angle.cos() - 1], dim=1)
+
+
+def large_embedding(gamma: Tensor) -> Tensor:
+    """As if the γ-projection learnt 30 times faster: AdamW moves a weight by the same step whatever its input is."""
+    return 30 * gamma_embedding(gamma)
+
+
+# Each table: a setting's name, and what it changes for each of the METHODS, or only for some of them.
+GAMMA, PAPER = ("SPLAM", "SPLAM, t'"), ("SPLAM",)
+SETTINGS = {
+    "width": {"128 units": Variant()} | {f"{n} units": Variant(network={"width": n}) for n in (16, 32, 64)},
+    "grid": {
+        "as it is": Variant(),
+        "10 starts": Variant("--num_ddim_timesteps 10"),
+        "1000 starts": Variant("--num_ddim_timesteps 1000"),
+        "k = 50": Variant("--k 50 --solver_step 25 --num_ddim_timesteps 20"),
+        # On the grid of 50 starts, 20 apart, each of these ends at a time where none starts.
+        "k = 50, off the grid": Variant("--k 50 --solver_step 25"),
+    },
+    "data": {
+        "as it is": Variant(),
+        "spiral": Variant("--pretrained_teacher_model ideal:spiral"),
+        "256 points of data": Variant(dataset=few_points),
+    },
+    "teacher": {
+        "as it is": Variant(),
+        "trained teacher": Variant("--pretrained_teacher_model toy:8gaussians"),
+        "poor teacher": Variant("--pretrained_teacher_model toy:8gaussians", teacher="--max_train_steps 300"),
+    },
+    "recipe": {
+        "as it is": Variant(),
+        "EMA 0": Variant("--ema_decay 0"),
+        "EMA 0.99": Variant("--ema_decay 0.99"),
+        "half of γ at 1": (Variant("--gamma_at_one 0.5"), GAMMA),
+        "γ above 0.5": (Variant(parts={"draw": late_gamma}), GAMMA),
+        "sharp embedding": (Variant(parts={"embed": sharp_embedding}), PAPER),
+        "embedding x 30": (Variant(parts={"embed": large_embedding}), PAPER),
+    },
+}
+
+
+def variants(question: str) -> dict[str, Variant]:
+    """The students of one table."""
+    students = {}
+    for name, setting in SETTINGS[question].items():
+        variant, methods = setting if type(setting) is tuple else (setting, METHODS)
+        for method in methods:
+            students[f"{method}: {name}"] = variant._replace(flags=f"{METHODS[method]} {variant.flags}")
+    return students
 
 
 def picture(found: Findings) -> Image.Image:
+    """Map error, its 95th percentile and W2 of each student."""
     return plots.dots({c: {name: found.last(name, c) for name in found.rows} for c in found.columns()[:3]})
+
+
+@program
+def main() -> None:
+    laboratory = Laboratory(__file__, __doc__, questions=SETTINGS)
+    laboratory.report(variants(laboratory.args.question), picture)
+
+
+if __name__ == "__main__":
+    main()
