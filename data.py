@@ -43,7 +43,6 @@ log = logging.getLogger("data")
 # torch.load can run code that a file contains. This makes every call refuse such files, those inside libraries too.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
-BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises on broken files; it depends on their format
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,6 +52,12 @@ BROKEN = (OSError, SyntaxError, ValueError)  # what PIL raises on broken files; 
 
 class BadInput(Exception):
     """Something that a person can put right: a flag, a file, a folder. Its text is the one line that they see."""
+
+
+def refuse(when: object, why: str) -> None:
+    """Ends the program with the line `why`, if the condition holds."""
+    if when:
+        raise BadInput(why)
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
@@ -71,7 +76,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """The folder, made if need be. Raises BadInput now rather than after hours, when the first result is written."""
+    """The folder, made if need be. Refused now rather than after hours, when the first result is to be written."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +89,11 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def read_prompts(values: list[str]) -> list[str]:
-    """Prompts from the command line: the values themselves, or the lines of a file if there is one value that names it."""
+    """Prompts from the command line: the values themselves, or the lines of a file if a single value names one."""
     if len(values) != 1 or not os.path.isfile(values[0]):  # unlike Path.is_file, this takes prompts of any length
         return [str(value) for value in values]
     lines = [line.strip() for line in Path(values[0]).read_text(errors="replace").splitlines() if line.strip()]
-    if not lines:
-        raise BadInput(f"no prompts in {values[0]}")
+    refuse(not lines, f"no prompts in {values[0]}")
     return lines
 
 
@@ -101,8 +105,8 @@ def read_prompts(values: list[str]) -> list[str]:
 class EndlessBatches(Sampler):
     """Batches of indices, epoch after epoch, each in a new order; where one is in this stream is a plain number.
 
-    A batch of the whole run is `batch_size * world` indices in a row, of which process `rank` takes its own part. So the
-    stream depends neither on the number of processes nor on interruptions: to resume is to begin at batch `start`.
+    A batch of the whole run is `batch_size * world` indices in a row, of which process `rank` takes its own part. So
+    the stream depends neither on the number of processes nor on interruptions: to resume is to begin at batch `start`.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
@@ -135,8 +139,9 @@ POINTS = ("toy:", "ideal:")  # how the names of 2-D distributions begin; teacher
 def distribution(name: str) -> GaussianMixture:
     """The mixture of "toy:moons" or "ideal:moons"."""
     kind, _, which = name.partition(":")
-    if f"{kind}:" not in POINTS or which not in DISTRIBUTIONS:
-        raise BadInput(f"unknown 2-D distribution {name!r}: choose from {', '.join('toy:' + n for n in DISTRIBUTIONS)}")
+    known = ", ".join(f"toy:{known}" for known in DISTRIBUTIONS)
+    unknown = f"{kind}:" not in POINTS or which not in DISTRIBUTIONS
+    refuse(unknown, f"unknown 2-D distribution {name!r}: choose from {known}")
     return DISTRIBUTIONS[which]
 
 
@@ -166,8 +171,22 @@ def centre_square(image: Image.Image, resolution: int) -> Tensor:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side)).convert("RGB")
-    pixels = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    return to_tensor(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_image(file: Path, resolution: int | None) -> Tensor | None:
+    """uint8 (3, H, W), a centre square if a resolution is given; None, and a line in the log, if the file is broken."""
+    try:
+        with Image.open(file) as image:
+            return centre_square(image, resolution) if resolution else to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # which of these PIL raises depends on the format
+        log.warning("skipped %s: %s", file, error)
+        return None
 
 
 def to_range(pixels: Tensor) -> Tensor:
@@ -184,8 +203,8 @@ def image_files(folder: str, split: str) -> list[Path]:
     if split == "train" and not root.is_dir():
         root = Path(folder)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not files and not Path(folder).name.startswith("cifar10"):
-        raise BadInput(f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
+    missing = not files and not Path(folder).name.startswith("cifar10")
+    refuse(missing, f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
     return files
 
 
@@ -200,14 +219,9 @@ class ImageFiles:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """uint8 (B, 3, R, R), without the broken ones among them."""
-        squares = []
-        for i in indices.tolist():
-            try:
-                with Image.open(self.files[i]) as image:
-                    squares.append(centre_square(image, self.resolution))
-            except BROKEN as error:
-                log.warning("skipped %s: %s", self.files[i], error)
-        return torch.stack(squares) if squares else torch.empty(0, 3, *[self.resolution] * 2, dtype=torch.uint8)
+        squares = [read_image(self.files[i], self.resolution) for i in indices.tolist()]
+        usable = [square for square in squares if square is not None]
+        return torch.stack(usable) if usable else torch.empty(0, 3, *[self.resolution] * 2, dtype=torch.uint8)
 
 
 class Images(Dataset):
@@ -239,27 +253,18 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
     if not files:
         return _torchvision_cifar10(folder, split, resolution, mirror)
     classes = sorted({path.parent.name for path in files})
-    pixels, labels, broken = [], [], 0
+    pixels, labels = [], []
     for path in tqdm(files, desc=f"images {folder}", unit="img", leave=False, mininterval=1):
-        try:
-            with Image.open(path) as image:
-                array = np.asarray(image.convert("RGB"))
-                if resolution and array.shape != (resolution, resolution, 3):
-                    array = centre_square(image, resolution).permute(1, 2, 0).numpy()
-        except BROKEN as error:
-            log.warning("skipped %s: %s", path, error)
-            broken += 1
+        if (image := read_image(path, resolution)) is None:
             continue
-        size = (pixels[0] if pixels else array).shape[0]
-        if array.shape != (size, size, 3):
-            raise BadInput(f"{path} is {array.shape[1]}x{array.shape[0]} pixels, expected {size}x{size}")
-        pixels.append(array)
+        pixels.append(image)
         labels.append(classes.index(path.parent.name))
-    if broken:
+        (_, height, width), size = image.shape, len(pixels[0][0])
+        refuse(height != size or width != size, f"{path} is {width}x{height} pixels, expected {size}x{size}")
+    if broken := len(files) - len(pixels):
         log.warning("skipped %d broken of %d files in %s", broken, len(files), folder)
-    if not pixels:
-        raise BadInput(f"no readable images in {folder}: all {broken} are broken")
-    return Images(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(labels), classes, mirror)
+    refuse(not pixels, f"no readable images in {folder}: all {broken} are broken")
+    return Images(torch.stack(pixels), torch.tensor(labels), classes, mirror)
 
 
 def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror: bool) -> Images:
@@ -279,8 +284,7 @@ def reference_set(data: str, split: str, resolution: int | None) -> Tensor | Ima
     """All of the data, to be measured against: points (n, 2), or uint8 images of that resolution."""
     if data.startswith(POINTS):
         return Points(data, split).samples
-    if ".tar" in data and not Path(data).is_dir():
-        raise BadInput(f"{data} is no folder of images to measure against: --data")
+    refuse(".tar" in data and not Path(data).is_dir(), f"{data} is no folder of images to measure against: --data")
     files = image_files(data, split)
     return ImageFiles(files, resolution) if files else load_images(data, split, resolution).samples
 
@@ -375,8 +379,7 @@ class CaptionFolder(Pairs, Dataset):
     def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
         super().__init__(data, options, tokenize)
         root, self.samples = Path(data), []
-        if not root.is_dir():
-            raise BadInput(f"no such folder: {root}")
+        refuse(not root.is_dir(), f"no such folder: {root}")
         metadata = self._metadata(root / "metadata.jsonl")
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
         for path in files:
@@ -384,10 +387,9 @@ class CaptionFolder(Pairs, Dataset):
             if name in metadata or text.is_file():
                 caption = {"json": metadata[name]} if name in metadata else {"txt": text.read_bytes()}
                 self.samples.append({"__url__": root, "__key__": name, path.suffix[1:].lower(): path, **caption})
-        if not files:
-            raise BadInput(f"no images in {root}")
-        if not self.samples:
-            raise BadInput(f"no captions in {root}: expected 0.txt beside 0.jpg, and so on, or a metadata.jsonl")
+        refuse(not files, f"no images in {root}")
+        how = "expected 0.txt beside 0.jpg, and so on, or a metadata.jsonl"
+        refuse(not self.samples, f"no captions in {root}: {how}")
         if len(self) < len(files):
             log.warning("left out %d of %d images in %s: without caption", len(files) - len(self), len(files), root)
         self.probe(self.samples)
@@ -432,8 +434,8 @@ class Shards(Pairs, IterableDataset):
         except (AssertionError, ValueError) as error:  # unbalanced braces, unknown variables
             raise BadInput(f"{data}: {error}") from None
         for url in self.urls:
-            if "://" not in url and not url.startswith("pipe:") and not os.path.isfile(url):
-                raise BadInput(f"no such shard: {url}")
+            local = "://" not in url and not url.startswith("pipe:")
+            refuse(local and not os.path.isfile(url), f"no such shard: {url}")
         self.probe(self.samples(self.urls))
 
     def samples(self, urls: list[str]) -> Iterator[dict]:
@@ -442,7 +444,7 @@ class Shards(Pairs, IterableDataset):
 
         def go_on(error: Exception) -> bool:
             self.skip(url, error)
-            # ValueError: two files of one name, and the rest is fine. Anything else: the archive is torn, and ends here.
+            # A ValueError is two files of one name, and the rest is fine. Anything else is a torn archive, and its end.
             return isinstance(error, ValueError)
 
         for url in urls:
@@ -450,25 +452,21 @@ class Shards(Pairs, IterableDataset):
 
     def parts(self) -> list[Part]:
         """A part for each shard."""
-        names = (re.sub(r"[^\w-]", "_", Path(url).stem) for url in self.urls)
-        return [
-            (f"{i:05d}-{name}", lambda url=url: self.batched(self.usable(self.samples([url]))))
-            for i, (name, url) in enumerate(zip(names, self.urls, strict=True))
-        ]
+        names = [f"{i:05d}-{re.sub(r'[^a-zA-Z0-9_-]', '_', Path(url).stem)}" for i, url in enumerate(self.urls)]
+        readers = [lambda url=url: self.batched(self.usable(self.samples([url]))) for url in self.urls]
+        return list(zip(names, readers, strict=True))
 
     def check_readers(self, readers: int) -> None:
-        """Refuses more readers than shards. Called before a run: an error inside a loader's process prints many lines."""
-        if len(self.urls) < readers:
-            raise BadInput(
-                f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers: "
-                "processes times --dataloader_num_workers must not be more than the shards"
-            )
+        """Refuses more readers than shards. A run calls it beforehand: inside a loader's process it prints many lines."""
+        why = f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers"
+        rule = "processes times --dataloader_num_workers must not be more than the shards"
+        refuse(len(self.urls) < readers, f"{why}: {rule}")
 
     def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> IterableDataset:
         """Batches without end for process `rank` of `world`, for DataLoader(batch_size=None).
 
-        A tar file cannot be entered in the middle: to skip to batch `start` would mean to read all before it. So `start`
-        is part of the seed, and a resumed run goes on in a new order.
+        A tar file cannot be entered in the middle: to skip to batch `start` would mean to read all before it. So
+        `start` is part of the seed, and a resumed run goes on in a new order.
         """
         stream = copy.copy(self)
         stream.place = batch_size, f"{seed} {start}", rank, world
@@ -526,9 +524,8 @@ def cache_pairs(
     if index.is_file():
         there = json.loads(index.read_text())
         differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
-        if differing:
-            pairs = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
-            raise BadInput(f"--cache_latents {folder} was made from {pairs or 'other parts'}: another folder please")
+        what = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
+        refuse(differing, f"--cache_latents {folder} was made from {what or 'other parts'}: another folder please")
     elif rank == 0:
         draft = target / "cache.json.tmp"
         draft.write_text(json.dumps(wanted, indent=2))
@@ -549,12 +546,10 @@ class CachedLatents(Dataset):
 
     def __init__(self, folder: str):
         index = Path(folder) / "cache.json"
-        if not index.is_file():
-            raise BadInput(f"no cached latents in {folder}")
+        refuse(not index.is_file(), f"no cached latents in {folder}")
         self.files = [Path(folder) / f"{name}.safetensors" for name in json.loads(index.read_text())["parts"]]
         missing = [file.name for file in self.files if not file.is_file()]
-        if missing:
-            raise BadInput(f"{folder} lacks {len(missing)} of {len(self.files)} parts: {missing[0]} is the first")
+        refuse(missing, f"{folder} lacks {len(missing)} of {len(self.files)} parts: {', '.join(missing[:3])}")
         self.starts = [0]  # the number of each file's first row in the whole, and after the last their count
         for file in self.files:
             with safe_open(file, "pt") as part:

@@ -6,6 +6,10 @@
 
 Read `Distillation.steps` first: it is the training loop, from top to bottom, with the lines of Algorithm 1 beside it.
 What it calls stands in splam.py (the mathematics), teacher.py (the model) and training.py (batches, checkpoints, logs).
+
+What the run leaves in --output_dir: the student as a pipeline folder that diffusers loads, overview.png (the teacher and
+the student from the same noises), metrics.json (flags and the closing table), metrics.jsonl (loss and learning rate of
+each step) and the last checkpoints.
 """
 
 import argparse
@@ -27,7 +31,7 @@ from torch.utils.data import Dataset
 
 import splam
 import training
-from data import POINTS, BadInput, program, read_prompts, reference_set, writable_folder
+from data import POINTS, program, read_prompts, reference_set, refuse, writable_folder
 from evaluate import Evaluation, compare, machine, network_seconds, print_comparison
 from sample import n_steps, overview, picture, preview, sample
 from splam import ConsistencyFunction, Draws, ema_update, splad_loss
@@ -45,8 +49,8 @@ RECIPES = {
     # 2-D points: half a minute, after which one step is off by 4 % of the data's radius. A network this small takes a
     # large learning rate. A closing table costs seconds here, so there is one.
     "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
-    # Pixels: minutes of a laptop. A run this short gains from a rate that falls to 0. bf16 is faster where the processor
-    # knows it. The table is evaluate.py's, since it needs a feature extractor.
+    # Pixels: minutes of a laptop. So short a run gains from a rate that falls to 0. bf16 is faster where the processor
+    # knows it. There is no closing table, since images are measured by a feature extractor: evaluate.py makes it.
     "images": "--max_train_steps 1200 --train_batch_size 64 --learning_rate 3e-4 --lr_scheduler cosine"
     " --mixed_precision bf16 --validation_steps 500",
     # Stable Diffusion: the paper's learning rate and number of steps, with a batch that fits one GPU.
@@ -104,6 +108,7 @@ def parser() -> training.Parser:
     one_help = "share of draws with γ = 1, where sampling is; paper: 0"
     flag("--gamma_at_one", type=training.share, default=0.0, help=one_help)
     training.add_arguments(p)
+    # A short warm-up, while AdamW's second moments are still guesses; and the paper's clipping.
     p.set_defaults(lr_scheduler="constant_with_warmup", max_grad_norm=10.0)
     flag = p.add_argument_group("large networks").add_argument
     flag("--lora_rank", type=training.count, default=0, help="train a LoRA of this rank instead of all weights")
@@ -123,16 +128,18 @@ def parser() -> training.Parser:
 def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, DiffusionModel]:
     """The flags, read as the comment above RECIPES says, and the teacher, whose kind decides on the recipe."""
     p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
-    first, _ = p.parse_known_args(typed)
+    first, _ = p.parse_known_args(typed)  # a first look, for the preset
     typed = [*PRESETS.get(first.preset, "").split(), *typed]
-    first, _ = p.parse_known_args(typed)
+    first, _ = p.parse_known_args(typed)  # a second, for the teacher and what is needed to fit one
     name = first.pretrained_teacher_model
+    # The default folder says what is distilled and how, so that different runs do not meet in one.
     short_name = name.partition(":")[2] if name.startswith(POINTS) else Path(name).name
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}"
     how = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
     how += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
     teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", how, first.overwrite)
     p.set_defaults(data=teacher.default_data, output_dir=output_dir)
+    # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
     args = p.parse_args([*RECIPES[teacher.kind].split(), *typed])
     check(args, teacher)
     return args, teacher
@@ -140,23 +147,19 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
 
 def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Refuses flags that do not go together, before anything is computed."""
-    times = len(teacher.schedule)
-    if args.k % args.solver_step:
-        raise BadInput(f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
-    if args.k >= times:
-        raise BadInput(f"--k must be smaller than the teacher's {times} time steps")
-    if times % args.num_ddim_timesteps:
-        raise BadInput(f"--num_ddim_timesteps must divide the teacher's {times} time steps")
-    if args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one):
-        raise BadInput("--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
-    if args.guidance_w and not teacher.conditional:
-        raise BadInput("--guidance_w needs a conditional teacher: this one has no labels")
-    if args.data is None:
-        raise BadInput("--data is missing: a folder of images, or images with captions")
+    times, network = len(teacher.schedule), teacher.network
+    refuse(args.k % args.solver_step, f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
+    refuse(args.k >= times, f"--k must be smaller than the teacher's {times} time steps")
+    refuse(times % args.num_ddim_timesteps, f"--num_ddim_timesteps must divide the teacher's {times} time steps")
+    idle = args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one)
+    refuse(idle, "--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
+    unguided = args.guidance_w and not teacher.conditional
+    refuse(unguided, "--guidance_w needs a conditional teacher: this one has no labels")
+    refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
     if args.num_eval_samples:
         reference_set(args.data, "train", teacher.resolution)  # or else the closing table would fail, after hours
-    if args.gradient_checkpointing and not getattr(teacher.network, "_supports_gradient_checkpointing", False):
-        raise BadInput(f"--gradient_checkpointing: a {type(teacher.network).__name__} has none")
+    without = args.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False)
+    refuse(without, f"--gradient_checkpointing: a {type(network).__name__} has none")
     if args.sigma == "exact" and args.gamma_conditioning == "time" and args.ode != "lcm":
         log.warning(
             "--sigma exact with --gamma_conditioning time tells the network a wrong time: expect a poor student"
@@ -193,7 +196,8 @@ class Distillation:
         # θ⁻ begins as θ. It is copied before accelerate wraps the student for several processes: a wrapped copy would
         # take part in the gradient's communication.
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
-        # The teacher is never trained, so its weights may be kept in the precision in which it computes.
+        # The teacher is never trained. So its weights may be kept in the precision in which it computes, where the
+        # student's must be float32: a learning rate of 8e-6 is below the resolution of half precision.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
         self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
         if args.torch_compile:
@@ -201,37 +205,45 @@ class Distillation:
                 module.compile()
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
-        """Algorithm 1. Yields the number of each step and its loss, when student and target have been updated."""
+        """Algorithm 1. Yields the number of each step and its loss, when student and target have been updated.
+
+        A generator, so that three callers share one loop: `main` logs and saves between the steps, `benchmark` times
+        them, and the laboratory in toy/ measures the student after some of them.
+        """
         args, teacher, target, run = self.args, self.teacher, self.target, self.run
         accelerator, student, schedule, batches = run.accelerator, run.model, teacher.schedule, run.batches()
         shape, grid = (run.total_batch_size, *teacher.shape), (len(schedule), args.num_ddim_timesteps)
         method = {"k": args.k, "solver_step": args.solver_step, "solver": self.solver}
         method |= {"ode": args.ode, "sigma_form": args.sigma, "metric": args.metric}
         for step in run.steps():
-            # n ~ U{1..N-k}, γ ~ U[0, 1], ε ~ N(0, I): for the batch of the whole step at once. All processes draw the
-            # same numbers and keep their own rows, so the run does not depend on how many processes share it.
+            # Sample n, γ ~ U[0, 1] and ε ~ N(0, I), for the batch of the whole step at once. All processes draw the same
+            # numbers, and each keeps its own rows: so the run does not depend on how many processes share it. With a
+            # generator each, two runs of different size would be different runs.
             draws = self.draw(shape, *grid, run.generator(step), args.gamma_draws, args.gamma_at_one)
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):
-                data, label = next(batches)  # (x_0, c) ~ D
+                x, label = next(batches)  # sample (x_0, c) from the data: pixels or points, and classes or tokens
                 rows = Draws(*run.rows(draws, micro_step))
                 # accumulate: gradients add up, and are exchanged between processes, at the last micro-batch only.
                 with accelerator.accumulate(student):
-                    # autocast: matrix products and convolutions in --mixed_precision. The schedule, the line and the
-                    # distance are not such operations, and stay float32; so do all trained weights.
+                    # autocast: the networks' products and convolutions run in --mixed_precision. What surrounds them,
+                    # the schedule, the line and the distance, are other operations, and stay float32.
                     with accelerator.autocast():
-                        x0, cond = teacher.prepare(data, label)  # z = E(x_0), if there is a VAE; c, if there is text
+                        x0, cond = teacher.prepare(x, label)  # encode: latents if there is a VAE, texts to embeddings
+                        # The teacher as the solver sees it: (x, t) -> (x_0, ε), told the condition, guided by w.
                         denoise = functools.partial(teacher.predict, cond=cond, w=args.guidance_w)
-                        # x_t, x̂_s, x_γ, F_θ, F_θ⁻ and d, Eq. 12 to 18: line by line in splam.py
+                        # Noise x_0 to x_t; solve for x̂_s (Eq. 18); x_γ (Eq. 12); F_θ there, F_θ⁻ at x̂_s; their
+                        # distance (Eq. 17). These six lines of Algorithm 1 are the six of splad_loss, in splam.py.
                         loss = splad_loss(student, target, denoise, schedule, x0, cond, rows, **method)
                     accelerator.backward(loss)  # ∇_θ L; outside autocast, as PyTorch asks for
-                    if accelerator.sync_gradients:
+                    if accelerator.sync_gradients:  # the step's last micro-batch: the gradient is complete
                         accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
                     run.optimizer.step()  # θ <- θ - η ∇_θ L; does nothing before the last micro-batch
                     run.optimizer.zero_grad()
                 losses.append(loss.detach())
             run.lr_scheduler.step()
-            ema_update(target, accelerator.unwrap_model(student), args.ema_decay)  # θ⁻ <- μ θ⁻ + (1 - μ) θ
+            # θ⁻ <- μ θ⁻ + (1 - μ) θ, once a step. Every process averages for itself: they hold the same θ.
+            ema_update(target, accelerator.unwrap_model(student), args.ema_decay)
             yield step, torch.stack(losses).mean()
 
     def student(self) -> DiffusionModel | None:
@@ -255,7 +267,8 @@ def main() -> None:
         return
     distillation = Distillation(args, teacher)
     run, folder = distillation.run, Path(args.output_dir)
-    # Every process must reach log, checkpoint and student: inside they wait for each other.
+    # Every process must reach log, checkpoint and student, since they wait for each other inside. Only the main one gets
+    # a student back, and so only that one samples.
     for step, loss in distillation.steps():
         run.log(step, loss)
         run.checkpoint(step)
@@ -269,7 +282,7 @@ def main() -> None:
 def finish(args: argparse.Namespace, teacher: DiffusionModel, student: DiffusionModel, prompts: list[str]) -> None:
     """Saves the student, the picture, and metrics.json; prints the table, if there is to be one."""
     folder, many = Path(args.output_dir), teacher.many_steps
-    save(student, folder)
+    save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
     if args.num_eval_samples:
         evaluation = Evaluation(teacher, args.data, args.num_eval_samples, prompts=prompts)
@@ -333,10 +346,11 @@ def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Times steps as they are, and then as many again with their parts, since each look at a GPU's clock makes it wait.
     Prints a report and leaves it in OUTPUT_DIR/benchmark."""
     args.output_dir, args.max_train_steps = f"{args.output_dir}/benchmark", WARM_UP + 2 * args.timed_steps
-    args.overwrite, args.resume_from_checkpoint = True, None
+    args.overwrite, args.resume_from_checkpoint = True, None  # an earlier benchmark there is nothing to keep
     distillation = Distillation(args, teacher)
     run, steps, seconds, parts = distillation.run, distillation.steps(), [], Counter()
     for i in range(args.max_train_steps):
+        # Halfway, stopwatches are put on the parts. What is left over is data, random numbers, EMA and the log.
         if i == WARM_UP + args.timed_steps:
             watch(teacher, "prepare", "VAE and text", parts)
             watch(teacher, "predict", "teacher", parts)
@@ -346,13 +360,14 @@ def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
             watch(run.accelerator, "clip_grad_norm_", "optimizer", parts)
             watch(run.optimizer, "step", "optimizer", parts)
         begin = now()
-        run.log(*next(steps))
+        run.log(*next(steps))  # as main does it; to read the loss is to wait for the step's end
         seconds.append(now() - begin)
     timed, watched = seconds[WARM_UP:][: args.timed_steps], seconds[WARM_UP + args.timed_steps :]
     whole, split = statistics.mean(timed), statistics.mean(watched)
     parts = {part: total / args.timed_steps for part, total in parts.items()}
     parts["data, EMA and others"] = split - sum(parts.values())
     passes, forward = forward_passes(args), network_seconds(teacher, args.train_batch_size, args.mixed_precision)
+    # The cost model: what the step's forward passes alone would take. A ratio of 1 is a loop without overhead.
     model = passes * forward * args.gradient_accumulation_steps
     result = {
         "images/s": run.total_batch_size / whole,

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import training
-from data import BadInput, ImageFiles, centre_square, program, read_prompts, reference_set, to_range, writable_folder
-from sample import (
-    add_sampling_arguments,
-    n_steps,
-    overview,
-    preview,
-    read_png,
-    sample_batches,
-    sample_to_folder,
-    to_pixels,
-)
+from data import BadInput, centre_square, program, read_prompts, reference_set, refuse, to_range, writable_folder
+from sample import add_arguments, n_steps, overview, preview, read_png, sample_batches, sample_to_folder, to_pixels
 from teacher import DiffusionModel, load
 
 log = logging.getLogger("evaluate")
@@ -99,7 +91,7 @@ class ImageFeatures:
     FD), which maps images to features (B, D) and logits.
     """
 
-    def __init__(self, network: str, reference: Tensor | ImageFiles, device: torch.device):
+    def __init__(self, network: str, reference: Sequence, device: torch.device):
         self.name, self.device, names = f"features: {network}", device, {"classes": ""}
         self.distance = "FID" if network == "inception" else "FD"
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # its errors are reported below, in one line
@@ -155,8 +147,7 @@ class ClipScore:
     def __init__(self, model: str, device: torch.device):
         self.name, self.device, self.cosines = f"CLIP: {model}", device, []
         architecture, _, weights = model.partition("/")
-        if not weights:
-            raise BadInput(f"a CLIP model is named as architecture/weights, not {model}")
+        refuse(not weights, f"a CLIP model is named as architecture/weights, not {model}")
         try:
             import open_clip
 
@@ -191,10 +182,9 @@ def _cannot_load(what: str, name: str, error: Exception) -> BadInput:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measures_for(model: DiffusionModel, reference: Tensor | ImageFiles, features: str, clip_model: str | None) -> list:
+def measures_for(model: DiffusionModel, reference: Sequence, features: str, clip_model: str | None) -> list:
     """The measures for samples of this model."""
-    if clip_model and not model.default_prompts:
-        raise BadInput("--clip_model is for models that are prompted by texts")
+    refuse(clip_model and not model.default_prompts, "--clip_model is for models that are prompted by texts")
     if len(model.shape) == 1:
         return [PointDistances(reference)]
     clip = [ClipScore(clip_model, model.device)] if clip_model else []
@@ -206,29 +196,29 @@ def spread(length: int, n: int) -> Tensor:
     return torch.linspace(0, length - 1, min(length, n)).long()
 
 
+@dataclass
 class Evaluation:
-    """All that samplers have in common when they are compared: the data, the measures, and the seeds of their noises."""
+    """What samplers have in common when they are compared: the data, the measures, and the seeds of their noises."""
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        data: str,
-        num_samples: int,
-        split: str = "train",
-        features: str = "inception",
-        clip_model: str | None = None,
-        resolution: int | None = None,
-        seed: int = 0,
-        prompts: Sequence[str] = (),
-        batch_size: int | None = None,
-        mixed_precision: str = "no",
-    ):
-        self.model, self.data, self.split, self.resolution = model, data, split, resolution or model.resolution
-        self.seeds, self.batch_size = range(seed, seed + num_samples), min(batch_size or model.batch_size, num_samples)
-        self.options = {"prompts": prompts, "batch_size": self.batch_size, "mixed_precision": mixed_precision}
-        self.texts = list(prompts) or list(model.default_prompts)
-        self.reference = reference_set(data, split, self.resolution)
-        self.measures = measures_for(model, self.reference, features, clip_model)
+    model: DiffusionModel  # the teacher
+    data: str
+    num_samples: int  # of each sampler
+    split: str = "train"  # of the data: the reference set
+    features: str = "inception"  # of images; else a file of toy/features.py
+    clip_model: str | None = None
+    resolution: int | None = None  # to which images are brought; the model's own if it is not given
+    seed: int = 0  # of the first sample
+    prompts: Sequence[str] = ()
+    batch_size: int | None = None
+    mixed_precision: str = "no"
+
+    def __post_init__(self):
+        self.seeds = range(self.seed, self.seed + self.num_samples)
+        self.resolution = self.resolution or self.model.resolution
+        self.batch_size = min(self.batch_size or self.model.batch_size, self.num_samples)
+        self.texts = list(self.prompts) or list(self.model.default_prompts)
+        self.reference = reference_set(self.data, self.split, self.resolution)
+        self.measures = measures_for(self.model, self.reference, self.features, self.clip_model)
 
     def update(self, samples: Tensor, texts: Sequence[str] = ()) -> None:
         """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8 images)."""
@@ -257,12 +247,13 @@ class Evaluation:
         """
         size, seeds, evaluations = self.batch_size, self.seeds, steps * (2 if w else 1)
         parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        network = evaluations * network_seconds(model, size, self.options["mixed_precision"]) / size
-        timed = parts[0] if samples_dir else seeds
-        batches = made = sample_batches(model, timed, steps, w=w, **self.options)
+        network = evaluations * network_seconds(model, size, self.mixed_precision) / size
+        timed, options = parts[0] if samples_dir else seeds, {"w": w, "prompts": self.prompts}
+        options |= {"batch_size": size, "mixed_precision": self.mixed_precision}
+        batches = made = sample_batches(model, timed, steps, **options)
         if samples_dir:
             folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
-            sample_to_folder(model, seeds, folder, steps, w=w, **self.options)
+            sample_to_folder(model, seeds, folder, steps, **options)
             batches = (torch.stack([read_png(folder, seed) for seed in part]) for part in parts)
         kept, seconds, begin = [], 0.0, time.perf_counter()
         for part, x in zip(parts, batches, strict=True):
@@ -307,12 +298,7 @@ def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str
 
 
 def compare(
-    evaluation: Evaluation,
-    students: dict[str, DiffusionModel],
-    steps: Sequence[int],
-    teacher_steps: Sequence[int],
-    w: float,
-    samples_dir: str | None = None,
+    evaluation: Evaluation, students: dict[str, DiffusionModel], steps, teacher_steps, w: float, samples_dir=None
 ) -> Comparison:
     """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same noises.
 
@@ -321,7 +307,7 @@ def compare(
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
-    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seeds[0]))
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
     shown = reference[order[: preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
     try:
@@ -381,23 +367,23 @@ PROTOCOLS = {
 
 def table(args: argparse.Namespace) -> None:
     """The subcommand: compares students, and leaves evaluation.json and .png in the first one's folder."""
-    if args.protocol and not args.prompts:
-        raise BadInput(f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
+    missing = args.protocol and not args.prompts
+    refuse(missing, f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = json.loads(record.read_text())["configuration"] if record.is_file() else {}
     for name in ("pretrained_teacher_model", "data", "guidance_w"):
         if getattr(args, name) is None:
-            if name not in trained_with:
-                raise BadInput(f"{record} does not say with which --{name} the student was distilled; please give it")
+            unknown = name not in trained_with
+            refuse(unknown, f"{record} does not say with which --{name} the student was distilled; please give it")
             setattr(args, name, trained_with[name])
     device = training.process().device
     students, teacher = {name: load(name).to(device) for name in args.students}, load(args.pretrained_teacher_model)
     if len(students) == 1:
         students = {"student": students[args.students[0]]}
-    same = "split features clip_model resolution seed batch_size mixed_precision".split()
-    options = {name: getattr(args, name) for name in same} | {"prompts": read_prompts(args.prompts)}
-    evaluation = Evaluation(teacher.to(device), args.data, args.num_samples, **options)
+    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision".split()
+    flags = {name: getattr(args, name) for name in same}
+    evaluation = Evaluation(teacher.to(device), prompts=read_prompts(args.prompts), **flags)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)
@@ -441,11 +427,9 @@ def error(args: argparse.Namespace) -> None:
     writable_folder(out.parent)
     models = [load(name).to(device) for name in args.models]
     args.data = args.data or models[0].default_data
-    if args.data is None:
-        raise BadInput("--data is missing: a folder of images, or images with captions")
+    refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
     times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as the paper
-    if len(times) < 2:
-        raise BadInput(f"--interval {args.interval} leaves no neighbours")
+    refuse(len(times) < 2, f"--interval {args.interval} leaves no neighbours")
     size = args.batch_size or 100
     count, curves = math.ceil(args.num_samples / size), {model.name: 0 for model in models}
     batches = training.stream_batches(models[0].dataset(args), 0, batch_size=size, seed=args.seed)
@@ -506,7 +490,7 @@ def parser() -> training.Parser:
     e.set_defaults(run=error)
     training.add_data_arguments(e)
     for program_parser in (t, e):
-        add_sampling_arguments(program_parser)
+        add_arguments(program_parser)
     return p
 
 

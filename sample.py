@@ -3,8 +3,8 @@
     python sample.py runs/cifar-student --steps 4 --out samples.png
     python sample.py TEACHER STUDENT --steps 1 2 4 --prompts "a photo of a cat" --out grid.png
 
-Sample i has the seed `--seed` + i and nothing else: not its batch, not its device, not the model. So the rows of a picture
-show what different models make of the same noise, and an interrupted folder of 30,000 images can be filled up later.
+The noise of sample i follows from the seed `--seed` + i alone: not from its batch, its device or the model. So the rows of
+a picture show what different models make of the same noise, and an interrupted folder of 30,000 images can be filled up.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import training
-from data import BadInput, program, read_prompts, to_range, writable_folder
+from data import program, read_prompts, refuse, to_range, to_tensor, writable_folder
 from splam import ConsistencyFunction, few_step_sample, few_step_times, sub_path_point
 from teacher import DiffusionModel, load
 
@@ -79,23 +79,18 @@ def default_sampler(model: DiffusionModel) -> str:
 
 @torch.no_grad()
 def sample_batches(
-    model: DiffusionModel,
-    seeds: Sequence[int],
-    steps: int,
-    sampler: str | None = None,
-    *,
-    w: float = 0.0,
-    prompts: Sequence[str] = (),
-    batch_size: int | None = None,
-    mixed_precision: str = "no",
+    model: DiffusionModel, seeds, steps: int, sampler=None, *, w=0.0, prompts=(), batch_size=None, mixed_precision="no"
 ) -> Iterator[Tensor]:
-    """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number."""
+    """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number.
+
+    Without a `sampler` (one of SAMPLERS) a student's is "lcm" and a teacher's "ddim"; without a `batch_size` it is the
+    model's own. `w` guides a teacher.
+    """
     sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
     limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
-    if not 1 <= steps <= limit:
-        raise BadInput(f"{sampler} takes 1 to {limit} steps, not {steps}")
-    if w and sampler == "lcm":
-        raise BadInput("guidance is for the teacher: what a student was distilled with is in its weights")
+    refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
+    guided = w and sampler == "lcm"
+    refuse(guided, "guidance is for the teacher: what a student was distilled with is in its weights")
     labels = model.labels(prompts)
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
     for batch in tqdm(batches, desc=f"{sampler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
@@ -118,7 +113,7 @@ def png(folder: Path, seed: int) -> Path:
 def read_png(folder: Path, seed: int) -> Tensor:
     """A sample that was saved as a picture: (3, H, W) in [-1, 1]."""
     with Image.open(png(folder, seed)) as image:
-        return to_range(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        return to_range(to_tensor(image))
 
 
 def sample_to_folder(
@@ -129,16 +124,15 @@ def sample_to_folder(
     samples.json says how the images were made. A folder of images that were made otherwise is refused: a student that
     was trained further has the same name, so a sum of its weights is recorded too.
     """
-    if len(model.shape) == 1:
-        raise BadInput("points are not kept in files")
+    refuse(len(model.shape) == 1, "points are not kept in files")
     state, record = training.process(), writable_folder(folder) / "samples.json"
     sampler = sampler or default_sampler(model)
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it
     text = json.dumps(made, indent=2)
-    if record.is_file() and record.read_text() != text:
-        raise BadInput(f"{folder} holds samples of another model, or made with other flags: see {record}")
+    other = record.is_file() and record.read_text() != text
+    refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
         record.write_text(text)
@@ -227,7 +221,7 @@ def _sub_path(model: DiffusionModel, k: int, n: int = 5) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_sampling_arguments(parser: training.Parser) -> None:
+def add_arguments(parser: training.Parser) -> None:
     """Flags of every program that samples."""
     parser.add_argument("--seed", type=training.count, default=0, help="of the first sample; the i-th has it plus i")
     parser.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
@@ -237,11 +231,8 @@ def add_sampling_arguments(parser: training.Parser) -> None:
 
 def parser() -> training.Parser:
     """The flags of sample.py."""
-    p = training.Parser(
-        prog="sample.py",
-        description="Sample from students and teachers, all from the same noise.",
-        formatter_class=training.Help,
-    )
+    description = "Sample from students and teachers, all from the same noise."
+    p = training.Parser(prog="sample.py", description=description, formatter_class=training.Help)
     p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
     p.add_argument("--steps", type=int, nargs="+", help="of students: network evaluations (default 4; paper: 1 to 4)")
     p.add_argument("--teacher_steps", type=int, nargs="+", help="of teachers (default 50)")
@@ -249,7 +240,7 @@ def parser() -> training.Parser:
     p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
     p.add_argument("--num_images", type=training.positive, help="default: 64, or one row in a picture of several rows")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
-    add_sampling_arguments(p)
+    add_arguments(p)
     return p
 
 
@@ -265,10 +256,9 @@ def main() -> None:
         steps = args.steps or [4] if sampler == "lcm" else args.teacher_steps or [50]
         plan += [(model, sampler, n) for n in steps]
     samplers = {sampler for _, sampler, _ in plan}
-    if samplers == {"lcm"} and (args.guidance_w or args.teacher_steps):
-        raise BadInput("--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
-    if "lcm" not in samplers and args.steps:
-        raise BadInput("--steps is for students; a teacher takes --teacher_steps")
+    misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
+    refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
+    refuse("lcm" not in samplers and args.steps, "--steps is for students; a teacher takes --teacher_steps")
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:

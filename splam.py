@@ -72,8 +72,8 @@ def _check(name: str, value: str | None, known: Sequence[str | None]) -> None:
 class Schedule:
     """α_t and σ_t of Eq. 1 as float32 tables, from ᾱ_t = α_t², which diffusers' schedulers call `alphas_cumprod`.
 
-    The tables move to the device of the first times that they are asked for. Nothing trains them, so they are no buffers
-    of a module: a checkpoint does not hold them, and a cast to half precision does not reach them.
+    The tables move to the device of the times that they are asked for. They are no buffers of a module: a checkpoint
+    does not hold them, and a cast of the model to half precision does not reach them.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -203,8 +203,8 @@ def sub_path_point(
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    # 1 - r² is the variance of the fresh noise in Eq. 20, and so σ_t² - r² σ_s². Where r is near 1, float32 would lose it
-    # in the difference of two numbers near 1, but not in this one.
+    # 1 - r² is the variance of the fresh noise of Eq. 20, and so equals σ_t² - r² σ_s². Where r is near 1, float32 would
+    # lose it in the difference of two numbers near 1, but not in this one.
     one_minus_r2 = sigma_t**2 - r**2 * sigma_s**2
     if ode == "sl":
         x = (1 - g) * r * x_s + g * x_t  # Eq. 12
@@ -342,10 +342,10 @@ class ConsistencyFunction(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4  Algorithm 1: sub-path linear approximation distillation (SPLAD)
 #
-# Self-consistency, Eq. 4: along one trajectory of the PF-ODE, f(x_t, t) is the same for every t, namely the trajectory's
-# end. Consistency distillation (Eq. 6) trains it on neighbours: the student at t must land where its average lands from
-# the point s that the teacher's solver reaches. LCM (Eq. 7) lets neighbours be k apart, and adds condition and guidance.
-# SPLAM (Eq. 15, and Eq. 17 with the solver of Eq. 18 inside) asks the same of all points x_γ between the two.
+# Self-consistency, Eq. 4: along one trajectory of the PF-ODE, f(x_t, t) is the same for every t, namely where the
+# trajectory ends. Consistency distillation (Eq. 6) trains this on neighbours: the student at t must land where its
+# average lands from the point s that the teacher's solver reaches. LCM (Eq. 7) lets neighbours be k apart, and adds a
+# condition and guidance. SPLAM (Eq. 15, and Eq. 17 with the solver of Eq. 18) asks it of all x_γ between the two.
 # ---------------------------------------------------------------------------------------------------------------------
 
 HUBER_C = 1e-3
@@ -356,7 +356,8 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     "huber" the mean of √(Δ² + c²) - c.
 
     The pseudo-Huber metric is quadratic below c and linear above, so that large errors do not rule the gradient. It is
-    taken element by element, as in LCM's and SPLAM's code. (The paper cites it from iCT, where it is a norm per sample.)
+    taken element by element, as in LCM's and SPLAM's code. (The paper cites it from iCT, where it is a norm of the
+    whole sample.)
     """
     _check("metric", metric, METRICS)
     squared = (a.float() - b.float()).square()

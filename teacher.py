@@ -28,8 +28,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import data
 import training
-from data import POINTS, BadInput, CachedLatents, Points, cache_pairs, distribution, load_images, load_pairs, program
 from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
@@ -51,7 +51,7 @@ class DiffusionModel:
     what the network gets for it, as keyword arguments. This base class knows class numbers, for networks that have
     them; the last one means "no class" and is the condition of guidance's unconditional pass.
 
-    Each kind adds two methods: `dataset(args)`, training data whose batches are (data, label) pairs for `prepare`, and
+    Each kind adds two methods: `dataset(args)`, training data whose batches are (x, label) pairs for `prepare`, and
     the class method `load(name, index)`, the model in a folder or under a hub id, whose model_index.json is `index`.
     """
 
@@ -92,16 +92,17 @@ class DiffusionModel:
 
     # -- data, labels and conditions ----------------------------------------------------------------------------------
 
-    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, x: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of the dataset -> (x_0, condition)."""
-        return data, self.condition(label)
+        return x, self.condition(label)
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
         """What a person asks for -> labels (n, ...). Without prompts: all classes in turn."""
         if not prompts:
             return torch.arange(self.null_label or 1)
-        if not all(prompt.isdigit() and int(prompt) < (self.null_label or 0) for prompt in prompts):
-            raise BadInput(f"prompts are class labels here, and this model has {self.null_label or 'no'} classes")
+        classes = self.null_label or 0
+        unknown = not all(prompt.isdigit() and int(prompt) < classes for prompt in prompts)
+        data.refuse(unknown, f"prompts are class labels here, and this model has {classes or 'no'} classes")
         return torch.tensor([int(prompt) for prompt in prompts])
 
     def condition(self, label: Tensor) -> dict[str, Tensor]:
@@ -115,9 +116,12 @@ class DiffusionModel:
     # -- the network --------------------------------------------------------------------------------------------------
 
     def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(x_0, ε̃) at x (B, ...) and t (B,), guided by w (Eq. 18). Both passes go in one batch; w = 0 needs only one."""
-        if w and not self.conditional:
-            raise BadInput("guidance needs a conditional teacher: this one has no labels")
+        """(x_0, ε̃) at x (B, ...) and t (B,), guided by w (Eq. 18).
+
+        Both passes, with the condition and without, go through the network as one batch. w = 0 needs only the first.
+        The network gets its own precision, which for a large frozen one is half; what comes back is float32.
+        """
+        data.refuse(w and not self.conditional, "guidance needs a conditional teacher: this one has no labels")
         x_in, t_in = x, t
         if w:
             null = self.null_condition(len(x))
@@ -140,10 +144,10 @@ class DiffusionModel:
         """A trainable copy in float32, where a student starts. With a LoRA, only the LoRA is trainable."""
         network = copy.deepcopy(self.network).train().float().requires_grad_(not lora_rank)
         if lora_rank:
-            if not hasattr(network, "add_adapter"):
-                raise BadInput(f"--lora_rank: diffusers has no LoRA for a {type(network).__name__}")
             from peft import LoraConfig
 
+            unable = not hasattr(network, "add_adapter")
+            data.refuse(unable, f"--lora_rank: diffusers has no LoRA for a {type(network).__name__}")
             network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS))
         return network
 
@@ -153,12 +157,9 @@ class DiffusionModel:
 
         network = self.copy_network(lora_rank)
         network.load_state_dict(weights)
-        scheduler = LCMScheduler.from_config(
-            self.scheduler.config,
-            original_inference_steps=num_ddim_timesteps,
-            clip_sample=False,  # either of these would change the x_0 that the student was trained to give
-            thresholding=False,
-        )
+        # Clipping and thresholding would change the x_0 that the student was trained to give.
+        options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
+        scheduler = LCMScheduler.from_config(self.scheduler.config, **options)
         return self._with(network, scheduler, f"student of {self.name}")
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
@@ -178,8 +179,8 @@ class DiffusionModel:
 def refuse_pair_flags(args: argparse.Namespace) -> None:
     """For kinds without captions. (teacher.py itself does not have these flags.)"""
     neutral = {"min_image_size": 0, "max_pwatermark": 1.0, "cache_latents": None}
-    if any(getattr(args, name, value) != value for name, value in neutral.items()):
-        raise BadInput("--min_image_size, --max_pwatermark and --cache_latents are for images with captions")
+    given = any(getattr(args, name, value) != value for name, value in neutral.items())
+    data.refuse(given, "--min_image_size, --max_pwatermark and --cache_latents are for images with captions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ class PointModel(DiffusionModel):
         super().__init__(network, scheduler, name)
         self.ideal = network.config.ideal and not self.is_student
         self.default_data = f"{'ideal' if network.config.ideal else 'toy'}:{network.config.distribution}"
-        self.mixture = distribution(self.default_data)
+        self.mixture = data.distribution(self.default_data)
 
     @classmethod
     def load(cls, name: str, index: dict) -> "PointModel":
@@ -215,9 +216,8 @@ class PointModel(DiffusionModel):
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         refuse_pair_flags(args)
-        if args.resolution:
-            raise BadInput("--resolution is for images")
-        return Points(args.data)
+        data.refuse(args.resolution, "--resolution is for images")
+        return data.Points(args.data)
 
     def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
         if not self.ideal or (w and not self.conditional):  # the base class refuses the latter
@@ -250,11 +250,11 @@ class ImageModel(DiffusionModel):
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         refuse_pair_flags(args)
-        images = load_images(args.data, resolution=args.resolution or self.resolution, mirror=True)
-        if images.samples.shape[-1] != self.resolution:
-            raise BadInput(f"{self.name} makes images of {self.resolution} pixels, not {args.resolution}")
-        if self.null_label is not None and len(images.classes) > self.null_label:
-            raise BadInput(f"{args.data} has {len(images.classes)} classes, and {self.name} knows {self.null_label}")
+        images = data.load_images(args.data, resolution=args.resolution or self.resolution, mirror=True)
+        other_size, classes = images.samples.shape[-1] != self.resolution, len(images.classes)
+        data.refuse(other_size, f"{self.name} makes images of {self.resolution} pixels, not {args.resolution}")
+        too_many = self.null_label is not None and classes > self.null_label
+        data.refuse(too_many, f"{args.data} has {classes} classes, and {self.name} knows {self.null_label}")
         return images
 
 
@@ -273,10 +273,8 @@ class StableDiffusion(DiffusionModel):
     kind, network_class = "text-to-image", ("diffusers", "UNet2DConditionModel")
     pipeline_names = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     batch_size = 16
-    default_prompts = [
-        f"a photo of {thing}"
-        for thing in "an airplane,an automobile,a bird,a cat,a deer,a dog,a frog,a horse,a ship,a truck".split(",")
-    ]
+    things = "an airplane, an automobile, a bird, a cat, a deer, a dog, a frog, a horse, a ship, a truck".split(", ")
+    default_prompts = [f"a photo of {thing}" for thing in things]
     conditional = True
 
     def __init__(self, pipeline, name: str):
@@ -314,10 +312,9 @@ class StableDiffusion(DiffusionModel):
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Pixels and tokens; with --cache_latents, latents and embeddings, which are made now if they are not there."""
         resolution, factor = args.resolution or self.resolution, self.pipeline.vae_scale_factor
-        if resolution % factor:
-            raise BadInput(f"--resolution {resolution} is no multiple of the VAE's {factor}")
+        data.refuse(resolution % factor, f"--resolution {resolution} is no multiple of the VAE's {factor}")
         self.resolution, self.shape = resolution, (self.shape[0], resolution // factor, resolution // factor)
-        pairs = load_pairs(args.data, (resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
+        pairs = data.load_pairs(args.data, (resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
         if not args.cache_latents:
             return pairs
         state = training.process()
@@ -329,21 +326,21 @@ class StableDiffusion(DiffusionModel):
                 x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
             return x0.cpu(), cond["encoder_hidden_states"].cpu()
 
-        cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
+        data.cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
         state.wait_for_everyone()
-        return CachedLatents(args.cache_latents)
+        return data.CachedLatents(args.cache_latents)
 
     @torch.no_grad()
-    def prepare(self, data: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, x: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels and tokens, or latents and embeddings from a cache -> (latents, condition).
 
         x_0 is the mean of the VAE's posterior, without a draw from it. In Stable Diffusion's VAEs the posterior's
         deviation is far below one grey level; and so a cache holds the very same x_0.
         """
         if not label.is_floating_point():  # tokens are whole numbers, embeddings are not
-            with torch.autocast(data.device.type, enabled=False):
-                data = self.vae.encode(data.float()).latent_dist.mode() * self.vae.config.scaling_factor
-        return data, self.condition(label)
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.vae.encode(x.float()).latent_dist.mode() * self.vae.config.scaling_factor
+        return x, self.condition(label)
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
         return self.tokenize(prompts or self.default_prompts)
@@ -421,14 +418,14 @@ def load(name: str) -> DiffusionModel:
     parts = [part for key, part in index.items() if isinstance(part, list) and key not in UNUSED_PARTS]
     # diffusers imports whatever module this file names. So before it does, each must be one that is known.
     unknown = [part for part in parts if part[0] not in (None, "diffusers", "transformers", "toy.mlp")]
-    if not kinds or unknown or index.get("_class_name") not in kinds[0].pipeline_names:
-        raise BadInput(f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
+    unknown = unknown or not kinds or index.get("_class_name") not in kinds[0].pipeline_names
+    data.refuse(unknown, f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
     try:
         if kinds[0] is not PointModel:
             _silence_libraries()
         return kinds[0].load(name, index)
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+        raise data.BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
 
 
 def _read_index(name: str) -> dict:
@@ -441,8 +438,8 @@ def _read_index(name: str) -> dict:
         return DiffusionPipeline.load_config(name)
     except (OSError, ValueError) as error:
         if Path(name).exists():
-            raise BadInput(f"{name} is no pipeline folder: it has no model_index.json that can be read") from error
-        raise BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
+            raise data.BadInput(f"{name} is no pipeline folder: it has no model_index.json that can be read") from error
+        raise data.BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
 
 
 def _silence_libraries() -> None:
@@ -458,9 +455,8 @@ def _silence_libraries() -> None:
 def _load_lora(folder: Path) -> DiffusionModel:
     from diffusers import LCMScheduler
 
-    record = folder / "metrics.json"
-    if not record.is_file():
-        raise BadInput(f"{folder} holds a LoRA but no metrics.json, which names the model that it belongs to")
+    record, reason = folder / "metrics.json", "which names the model that it belongs to"
+    data.refuse(not record.is_file(), f"{folder} holds a LoRA but no metrics.json, {reason}")
     pipeline = load(json.loads(record.read_text())["configuration"]["pretrained_teacher_model"]).pipeline
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.fuse_lora()
@@ -473,9 +469,9 @@ def _load_lora(folder: Path) -> DiffusionModel:
 # Training a teacher: ordinary denoising
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Command lines by kind of model, read before what was typed; both are minutes of two CPU cores. scaled_linear is the form
-# of Stable Diffusion's noise schedule, here with diffusers' default ends; linear is DDPM's own. These channels make 2.5 M
-# weights.
+# Command lines by kind of model, which are read before what was typed. Points take 15 seconds of two CPU cores, images half
+# an hour. scaled_linear is the form of Stable Diffusion's noise schedule, but with diffusers' default ends, which are not
+# Stable Diffusion's; linear is DDPM's own schedule. These channels make 2.5 M weights.
 RECIPES = {
     "points": "--max_train_steps 3000 --train_batch_size 512 --learning_rate 2e-3 --beta_schedule scaled_linear",
     "images": "--max_train_steps 6000 --train_batch_size 64 --learning_rate 1e-3 --beta_schedule linear"
@@ -497,7 +493,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
     flag("--resolution", type=training.positive, help="images are resized and cropped to it (default: their own)")
     flag("--block_out_channels", type=training.positive, nargs="+", help="of the images' U-Net, level by level")
-    # v is well conditioned at both ends of the schedule; ε says little of x_0 at the noisy end, and x_0 of ε at the other.
+    # v is well conditioned everywhere. ε says little of x_0 where there is much noise, and x_0 little of ε where not.
     types = ["epsilon", "v_prediction", "sample"]
     flag("--prediction_type", choices=types, default="v_prediction", help="what the network outputs")
     flag("--beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"], help="how noise grows with t")
@@ -512,7 +508,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags: the recipe for --data first, then what was typed, which so has the last word."""
     p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
     first, _ = p.parse_known_args(typed)
-    points = first.data.startswith(POINTS)
+    points = first.data.startswith(data.POINTS)
     name = first.data.partition(":")[2] if points else Path(first.data).name
     p.set_defaults(output_dir=f"runs/{name}-teacher")
     return p.parse_args([*RECIPES["points" if points else "images"].split(), *typed])
@@ -524,7 +520,7 @@ def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
 
     set_seed(args.seed)  # of the initial weights
     scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
-    if args.data.startswith(POINTS):
+    if args.data.startswith(data.POINTS):
         return PointModel(_new_mlp(args, **network_options), scheduler, args.output_dir)
     return ImageModel(_new_unet(args), scheduler, args.output_dir)
 
@@ -532,34 +528,30 @@ def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
 def _new_mlp(args: argparse.Namespace, **options) -> nn.Module:
     from toy.mlp import PointMLP
 
-    if args.resolution or args.block_out_channels:
-        raise BadInput("--resolution and --block_out_channels are for images")
-    classes, (kind, _, name) = distribution(args.data).num_classes, args.data.partition(":")
-    if args.class_conditional and not classes:
-        raise BadInput(f"--class_conditional: {args.data} has no classes")
+    data.refuse(args.resolution or args.block_out_channels, "--resolution and --block_out_channels are for images")
+    classes, (kind, _, name) = data.distribution(args.data).num_classes, args.data.partition(":")
+    data.refuse(args.class_conditional and not classes, f"--class_conditional: {args.data} has no classes")
     labels = classes + 1 if args.class_conditional else None
     return PointMLP(num_class_embeds=labels, distribution=name, ideal=kind == "ideal", **options)
 
 
 def _new_unet(args: argparse.Namespace) -> nn.Module:
     """A small U-Net with attention at its third level."""
-    images, channels = load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
-    size, levels = images.samples.shape[-1], len(channels)
-    if size % 2 ** (levels - 1) or any(width % 8 for width in channels):
-        raise BadInput(f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times, or no multiple of 8")
     from diffusers import UNet2DModel
 
-    attention = min(2, levels - 1)
-    return UNet2DModel(
-        sample_size=size,
-        block_out_channels=channels,
-        down_block_types=["AttnDownBlock2D" if i == attention else "DownBlock2D" for i in range(levels)],
-        up_block_types=["AttnUpBlock2D" if i == attention else "UpBlock2D" for i in reversed(range(levels))],
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=min(32, channels[attention]),
-        num_class_embeds=len(images.classes) + 1 if args.class_conditional else None,
+    images, channels = data.load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
+    size, levels = images.samples.shape[-1], len(channels)
+    impossible = size % 2 ** (levels - 1) or any(width % 8 for width in channels)
+    data.refuse(
+        impossible, f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times, or no multiple of 8"
     )
+    attention = min(2, levels - 1)
+    down = ["AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)]
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+    labels = len(images.classes) + 1 if args.class_conditional else None
+    shape = {"sample_size": size, "block_out_channels": channels, "down_block_types": down, "up_block_types": up}
+    head = {"attention_head_dim": min(32, channels[attention]), "num_class_embeds": labels}
+    return UNet2DModel(**shape, **head, layers_per_block=1, norm_num_groups=8)
 
 
 def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> None:
@@ -577,11 +569,11 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
         draws = draw((run.total_batch_size, *model.shape), len(schedule), len(schedule), run.generator(step))
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
-            data, label = next(batches)
+            x, label = next(batches)
             t, uniform, noise = run.rows(draws, micro_step)
             with accelerator.accumulate(run.model):
                 with accelerator.autocast():
-                    x0, cond = model.prepare(data, label)
+                    x0, cond = model.prepare(x, label)
                     if model.conditional:  # a tenth learns the unconditional ε, which guidance needs
                         cond = _drop(cond, model.null_condition(len(x0)), uniform[:, 0] < 0.1)
                     alpha, sigma = schedule.at(t, x0.ndim)
@@ -608,9 +600,10 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
 
 def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
     """The condition, and the null condition where `dropped` (B,) says so."""
-    return {
-        key: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in cond.items()
-    }
+    mixed = {}
+    for key, value in cond.items():
+        mixed[key] = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value)
+    return mixed
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -622,19 +615,19 @@ def fit(args: argparse.Namespace) -> None:
 def fit_or_load(name: str, folder: Path, arguments: Sequence[str] = (), overwrite: bool = False) -> DiffusionModel:
     """The teacher of that name. "toy:<name>" and "ideal:<name>" are fitted here and now, by teacher.py's `arguments`,
     and kept in `folder`, where the next call finds them."""
-    if not name.startswith(POINTS):
+    if not name.startswith(data.POINTS):
         return load(name)
-    distribution(name)
+    data.distribution(name)
     if overwrite or not (folder / "model_index.json").is_file():
         how = ["--overwrite"] if overwrite else ["--resume_from_checkpoint", "latest"]  # an interrupted fit goes on
         fit(parse(["--data", name, "--output_dir", str(folder), *how, *arguments]))
     teacher = load(str(folder))
-    if teacher.default_data != name:
-        raise BadInput(f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")
+    other = teacher.default_data != name
+    data.refuse(other, f"{folder} holds a teacher of {teacher.default_data}: give {name} another --output_dir")
     return teacher
 
 
-@program
+@data.program
 def main() -> None:
     args = parse()
     fit(args)

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import BadInput, EndlessBatches, Shards, writable_folder
+from data import BadInput, EndlessBatches, Shards, refuse, writable_folder
 
 log = logging.getLogger("training")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -154,15 +154,11 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
 
 def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> Iterator[list[Tensor]]:
     """Batches without end, from a `position` as EndlessBatches and Shards.batches take it."""
-    streamed = isinstance(dataset, Shards)  # shards have an order of their own
-    loader = DataLoader(
-        dataset.batches(**position) if streamed else dataset,
-        sampler=None if streamed else EndlessBatches(len(dataset), **position),
-        batch_size=None,  # what the sampler yields are whole batches already
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
+    # batch_size=None: what the sampler yields, and what shards yield, are whole batches already.
+    options = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    if isinstance(dataset, Shards):  # which have an order of their own
+        return iter(DataLoader(dataset.batches(**position), **options))
+    return iter(DataLoader(dataset, sampler=EndlessBatches(len(dataset), **position), **options))
 
 
 def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,6 +185,16 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _adamw(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise BadInput("--use_8bit_adam needs the package bitsandbytes") from None
+    return AdamW8bit
+
+
 class Run:
     """One training run of `model` on `dataset`: accelerate's objects, where the run stands, and what it writes.
 
@@ -203,16 +209,12 @@ class Run:
 
         self.args, self.folder, self.averages = args, writable_folder(args.output_dir), averages
         self.dataset, self.step = dataset, 0
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            # The loop advances the learning rate once a step. accelerate would do so once for each process.
-            step_scheduler_with_optimizer=False,
-            log_with=args.report_to,
-            project_dir=str(self.folder),
-        )
-        if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-            raise BadInput("several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
+        options = {"mixed_precision": args.mixed_precision, "log_with": args.report_to, "project_dir": str(self.folder)}
+        options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        # The loop advances the learning rate once a step. accelerate itself would do so once for each process.
+        self.accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
+        alone = self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
+        refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
         if isinstance(dataset, Shards):
             dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
         set_seed(args.seed, device_specific=True)  # from here on dropout differs between processes
@@ -225,8 +227,7 @@ class Run:
         )
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # of accelerate launch --use_fsdp
         if fsdp:
-            if fsdp.fsdp_version == 1:
-                raise BadInput("FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
+            refuse(fsdp.fsdp_version == 1, "FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
             # FSDP's own mixed precision would round the model's inputs, and with them x, α and σ. Autocast does not.
             fsdp.mixed_precision_policy = None
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
@@ -240,47 +241,27 @@ class Run:
         if args.report_to:
             self.accelerator.init_trackers("splam")
 
-    def _adamw(self) -> type[torch.optim.Optimizer]:
-        if not self.args.use_8bit_adam:
-            return torch.optim.AdamW
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise BadInput("--use_8bit_adam needs the package bitsandbytes") from None
-        return AdamW8bit
-
     # -- the loop's tools ---------------------------------------------------------------------------------------------
 
     @property
     def total_batch_size(self) -> int:
         """Samples in one optimizer step, over micro-batches and processes."""
-        args = self.args
-        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.args.train_batch_size * micro_batches
 
     def steps(self) -> tqdm:
         """The numbers of the steps that are left, from 1 in a new run, with a progress bar."""
-        self.bar = tqdm(
-            range(self.step + 1, self.args.max_train_steps + 1),
-            initial=self.step,
-            total=self.args.max_train_steps,
-            unit="step",
-            mininterval=1,
-            disable=not self.accelerator.is_main_process,
-        )
+        last, silent = self.args.max_train_steps, not self.accelerator.is_main_process
+        options = {"initial": self.step, "total": last, "unit": "step", "mininterval": 1, "disable": silent}
+        self.bar = tqdm(range(self.step + 1, last + 1), **options)
         return self.bar
 
     def batches(self) -> Iterator[list[Tensor]]:
         """This process's micro-batches on its device, without end, from where the run stands."""
-        stream = stream_batches(
-            self.dataset,
-            self.args.dataloader_num_workers,
-            batch_size=self.args.train_batch_size,
-            seed=self.args.seed,
-            start=self.step * self.args.gradient_accumulation_steps,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
-        for batch in stream:
+        args, start = self.args, self.step * self.args.gradient_accumulation_steps
+        position = {"batch_size": args.train_batch_size, "seed": args.seed, "start": start}
+        position |= {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        for batch in stream_batches(self.dataset, args.dataloader_num_workers, **position):
             yield [part.to(self.accelerator.device) for part in batch]
 
     def generator(self, step: int) -> torch.Generator:
@@ -340,8 +321,7 @@ class Run:
 
     def _differences(self, path: Path) -> list[str]:
         """What is another configuration in the checkpoint than in this run."""
-        if not (path / "configuration.json").is_file():
-            raise BadInput(f"{path} is not a checkpoint of this program")
+        refuse(not (path / "configuration.json").is_file(), f"{path} is not a checkpoint of this program")
         there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
         differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
         return [f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing]
@@ -366,14 +346,12 @@ class Run:
             log.warning("%s holds this run, finished: --overwrite trains it anew", self.folder)
             self._resume(earlier[-1])
         elif earlier:
-            raise BadInput(
-                f"{self.folder} holds {earlier[-1].name} of an earlier run: --resume_from_checkpoint latest goes on "
-                "with it, --overwrite starts anew"
-            )
+            ways = "--resume_from_checkpoint latest goes on with it, --overwrite starts anew"
+            raise BadInput(f"{self.folder} holds {earlier[-1].name} of an earlier run: {ways}")
 
     def _resume(self, path: Path) -> None:
-        if differences := self._differences(path):
-            raise BadInput(f"{path} is of another configuration: {', '.join(differences)}")
+        differences = self._differences(path)
+        refuse(differences, f"{path} is of another configuration: {', '.join(differences)}")
         # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded format
         # is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
         self.accelerator.load_state(str(path))

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +78,7 @@ class Bench(Evaluation):
     def __init__(self, model: DiffusionModel, data: str, w: float, num_samples: int, features: str, precision: str):
         model.to(training.process().device)
         super().__init__(model, data, num_samples, features=features, mixed_precision=precision)
-        self.w, labels, ends = w, model.labels([]), []
+        labels, ends, self.w = model.labels([]), [], w
         self.noise = SeededNoise(model.shape, self.seeds, torch.device("cpu"))()
         self.labels = labels[torch.tensor(self.seeds) % len(labels)]
         for noise, label in zip(self.noise.split(model.batch_size), self.labels.split(model.batch_size), strict=True):
@@ -89,7 +89,7 @@ class Bench(Evaluation):
 
     def sample(self, student: DiffusionModel, steps: int, count: int | None = None) -> Tensor:
         """From the bench's noises, or the first of them."""
-        return sample(student, self.seeds[:count], steps, mixed_precision=self.options["mixed_precision"])
+        return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision)
 
     def distances(self, samples: Tensor) -> dict[str, float]:
         """To the data."""
@@ -192,18 +192,13 @@ def distil(job: Job) -> list[dict]:
 
 
 def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator[tuple[Job, object]]:
-    """Jobs and what the function made of them, as they are done."""
+    """Jobs and what the function made of them, in their order. To stop iterating cancels those not yet begun."""
     if processes == 1:
         yield from ((job, function(job)) for job in jobs)
         return
+    # "spawn": a forked process would inherit the threads of torch, which then wait for each other forever.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        futures = {pool.submit(function, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield from zip(jobs, pool.map(function, jobs), strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,15 +322,15 @@ class Laboratory:
         jobs = [self.job(name, variants[name], seed, measure, at) for name in names for seed in range(args.seeds)]
         records = {WORK / f"{key(job)}.json": job for job in jobs}
         teachers = {teacher_key(job): job for job in jobs if job.teacher}
-        for _ in tqdm(run_jobs(fit_teacher, list(teachers.values()), args.processes), "teachers", len(teachers), False):
-            pass
+        fitting = run_jobs(fit_teacher, list(teachers.values()), args.processes)
+        list(tqdm(fitting, desc="teachers", total=len(teachers), leave=False))
         missing = [job for path, job in records.items() if not path.is_file()]
-        with tqdm(total=len(jobs), desc="students", initial=len(jobs) - len(missing), leave=False) as bar:
-            for job, rows in run_jobs(distil, missing, args.processes):
-                draft = WORK / f"{key(job)}.tmp"
-                draft.write_text(json.dumps(rows))
-                draft.rename(draft.with_suffix(".json"))
-                bar.update()
+        trained = run_jobs(distil, missing, args.processes)
+        progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "leave": False}
+        for job, rows in tqdm(trained, desc="students", **progress):
+            draft = WORK / f"{key(job)}.tmp"
+            draft.write_text(json.dumps(rows))
+            draft.rename(draft.with_suffix(".json"))
         rows = {name: [] for name in names}
         for path, job in records.items():
             rows[job.name] += json.loads(path.read_text())
