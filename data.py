@@ -253,6 +253,7 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
     if not files:
         return _torchvision_cifar10(folder, split, resolution, mirror)
     classes = sorted({path.parent.name for path in files})
+    # A class is the name of the folder that an image lies in.
     pixels, labels = [], []
     for path in tqdm(files, desc=f"images {folder}", unit="img", leave=False, mininterval=1):
         if (image := read_image(path, resolution)) is None:
@@ -312,6 +313,7 @@ class Unwanted(Exception):
 
 def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
     """Pixels and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
+    # img2dataset writes a json beside each image, with the caption and what is known of the original. A txt goes first.
     facts = json.loads(sample.get("json", "{}"))
     caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")
     if not isinstance(caption, str) or not caption.strip():
@@ -411,7 +413,8 @@ class CaptionFolder(Pairs, Dataset):
         return len(self.samples)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once. In the place of an unusable pair stands the next usable one."""
+        """A whole batch at once. In the place of an unusable pair stands the next usable one: a batch keeps its size,
+        and which pair is where stays a function of the indices."""
         n = len(self)
         pairs = (self.first(self.samples[(i + k) % n] for k in range(n)) for i in indices)
         return next(self.batched(pairs, len(indices)))
@@ -457,7 +460,8 @@ class Shards(Pairs, IterableDataset):
         return list(zip(names, readers, strict=True))
 
     def check_readers(self, readers: int) -> None:
-        """Refuses more readers than shards. A run calls it beforehand: inside a loader's process it prints many lines."""
+        """Refuses more readers than shards. A run calls it beforehand: inside a loader's process it prints many
+        lines."""
         why = f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers"
         rule = "processes times --dataloader_num_workers must not be more than the shards"
         refuse(len(self.urls) < readers, f"{why}: {rule}")
@@ -474,6 +478,7 @@ class Shards(Pairs, IterableDataset):
 
     def __iter__(self) -> Batches:
         batch_size, seed, rank, world = self.place
+        # A reader is a worker of a process. Each has shards of its own, so that no pair is read twice in an epoch.
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         self.check_readers(world * workers)
@@ -519,6 +524,8 @@ def cache_pairs(
     `made_from` says what the result depends on; a folder that was made from anything else is refused. Process `rank` of
     `world` does its share only: the caller waits for the others before it reads.
     """
+    # cache.json is written first and names all parts; a part is there as soon as its file has its final name. What an
+    # interruption leaves is therefore always either complete or seen to be missing.
     target, parts = writable_folder(folder), dataset.parts()
     index, wanted = target / "cache.json", {**made_from, "parts": [name for name, _ in parts]}
     if index.is_file():

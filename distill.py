@@ -7,9 +7,9 @@
 Read `Distillation.steps` first: it is the training loop, from top to bottom, with the lines of Algorithm 1 beside it.
 What it calls stands in splam.py (the mathematics), teacher.py (the model) and training.py (batches, checkpoints, logs).
 
-What the run leaves in --output_dir: the student as a pipeline folder that diffusers loads, overview.png (the teacher and
-the student from the same noises), metrics.json (flags and the closing table), metrics.jsonl (loss and learning rate of
-each step) and the last checkpoints.
+What the run leaves in --output_dir: the student as a pipeline folder that diffusers loads, overview.png (the teacher
+and the student from the same noises), metrics.json (flags and the closing table), metrics.jsonl (loss and learning
+rate of each step) and the last checkpoints.
 """
 
 import argparse
@@ -161,9 +161,24 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     without = args.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False)
     refuse(without, f"--gradient_checkpointing: a {type(network).__name__} has none")
     if args.sigma == "exact" and args.gamma_conditioning == "time" and args.ode != "lcm":
-        log.warning(
-            "--sigma exact with --gamma_conditioning time tells the network a wrong time: expect a poor student"
-        )
+        log.warning("--sigma exact and --gamma_conditioning time tell the network a wrong time: expect a poor student")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1, and where its lines are
+#
+#     θ, θ⁻ <- the teacher's weights                                      Distillation.__init__
+#     repeat                                                              Distillation.steps
+#       1  draw (x_0, c) from the data, n, γ ~ U[0, 1], ε ~ N(0, I)       run.batches, splam.draw
+#       2  encode x_0, if there is a VAE, and c                           DiffusionModel.prepare
+#       3  x_t = α_t x_0 + σ_t ε, the start of the sub-path               splam.splad_loss, Eq. 1
+#       4  x̂_s, its end, by m guided steps of the teacher's solver        splam.multiple_estimation, Eq. 18
+#       5  x_γ on the line between them, and its noise σ_γ                splam.sub_path_point, Eq. 12
+#       6  L = d( F_θ(x_γ, c, γ), F_θ⁻(x̂_s, c, 1) )                       splam.splad_loss, Eq. 16 and 17
+#       7  θ <- θ - η ∇_θ L                                               accelerator.backward, optimizer.step
+#       8  θ⁻ <- μ θ⁻ + (1 - μ) θ                                         splam.ema_update
+#     the student is θ⁻ at γ = 1                                          Distillation.student
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Distillation:
@@ -196,8 +211,8 @@ class Distillation:
         # θ⁻ begins as θ. It is copied before accelerate wraps the student for several processes: a wrapped copy would
         # take part in the gradient's communication.
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
-        # The teacher is never trained. So its weights may be kept in the precision in which it computes, where the
-        # student's must be float32: a learning rate of 8e-6 is below the resolution of half precision.
+        # The teacher is never trained. So its weights may be kept in the precision in which it computes. The student's
+        # may not: half precision would round an AdamW step of 8e-6 away.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
         self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
         if args.torch_compile:
@@ -216,33 +231,33 @@ class Distillation:
         method = {"k": args.k, "solver_step": args.solver_step, "solver": self.solver}
         method |= {"ode": args.ode, "sigma_form": args.sigma, "metric": args.metric}
         for step in run.steps():
-            # Sample n, γ ~ U[0, 1] and ε ~ N(0, I), for the batch of the whole step at once. All processes draw the same
-            # numbers, and each keeps its own rows: so the run does not depend on how many processes share it. With a
-            # generator each, two runs of different size would be different runs.
+            # Line 1, n, γ and ε, for the batch of the whole step at once. All processes draw the same numbers, and each
+            # keeps its own rows: so the run does not depend on how many processes share it. With a generator for each
+            # process, one GPU and eight would be different runs.
             draws = self.draw(shape, *grid, run.generator(step), args.gamma_draws, args.gamma_at_one)
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):
-                x, label = next(batches)  # sample (x_0, c) from the data: pixels or points, and classes or tokens
+                x, label = next(batches)  # line 1, (x_0, c) as the data has them: pixels or points, classes or tokens
                 rows = Draws(*run.rows(draws, micro_step))
                 # accumulate: gradients add up, and are exchanged between processes, at the last micro-batch only.
                 with accelerator.accumulate(student):
                     # autocast: the networks' products and convolutions run in --mixed_precision. What surrounds them,
                     # the schedule, the line and the distance, are other operations, and stay float32.
                     with accelerator.autocast():
-                        x0, cond = teacher.prepare(x, label)  # encode: latents if there is a VAE, texts to embeddings
+                        x0, cond = teacher.prepare(x, label)  # line 2
                         # The teacher as the solver sees it: (x, t) -> (x_0, ε), told the condition, guided by w.
                         denoise = functools.partial(teacher.predict, cond=cond, w=args.guidance_w)
-                        # Noise x_0 to x_t; solve for x̂_s (Eq. 18); x_γ (Eq. 12); F_θ there, F_θ⁻ at x̂_s; their
-                        # distance (Eq. 17). These six lines of Algorithm 1 are the six of splad_loss, in splam.py.
+                        # Lines 3 to 6, one after the other, in splam.py.
                         loss = splad_loss(student, target, denoise, schedule, x0, cond, rows, **method)
-                    accelerator.backward(loss)  # ∇_θ L; outside autocast, as PyTorch asks for
+                    accelerator.backward(loss)  # line 7, ∇_θ L; outside autocast, as PyTorch asks for
                     if accelerator.sync_gradients:  # the step's last micro-batch: the gradient is complete
                         accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-                    run.optimizer.step()  # θ <- θ - η ∇_θ L; does nothing before the last micro-batch
+                    run.optimizer.step()  # line 7; accelerate lets it do nothing before the last micro-batch
                     run.optimizer.zero_grad()
                 losses.append(loss.detach())
             run.lr_scheduler.step()
-            # θ⁻ <- μ θ⁻ + (1 - μ) θ, once a step. Every process averages for itself: they hold the same θ.
+            # Line 8, once a step. Every process averages for itself, since all hold the same θ (or, with FSDP, their
+            # parts of it).
             ema_update(target, accelerator.unwrap_model(student), args.ema_decay)
             yield step, torch.stack(losses).mean()
 
@@ -267,8 +282,8 @@ def main() -> None:
         return
     distillation = Distillation(args, teacher)
     run, folder = distillation.run, Path(args.output_dir)
-    # Every process must reach log, checkpoint and student, since they wait for each other inside. Only the main one gets
-    # a student back, and so only that one samples.
+    # Every process must reach log, checkpoint and student, since they wait for each other inside. Only the main one
+    # gets a student back, and so only that one samples.
     for step, loss in distillation.steps():
         run.log(step, loss)
         run.checkpoint(step)

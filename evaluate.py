@@ -3,10 +3,10 @@
     python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood, time
     python evaluate.py error MODEL ...       the approximated error of Fig. 2(c), by time step
 
-Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's features
-(FID, if the network is Inception), and images with prompts also by how well the two agree. Where a PF-ODE has a known
-end, there is something better than a distance between distributions: the *map error*, how far a sample is from the end
-of the teacher's trajectory from the same noise.
+Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's
+features (FID, if the network is Inception), and images with prompts also by how well the two agree. Where a PF-ODE
+has a known end, there is something better than a distance between distributions: the *map error*, how far a sample is
+from the end of the teacher's trajectory from the same noise.
 """
 
 import argparse
@@ -37,13 +37,18 @@ log = logging.getLogger("evaluate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measures. Each is fed with batches, so that sets of any size can be measured: update(samples, texts), and at the end
-# result(), a dictionary by column of the table; then the next set can begin. `name` says below the table what it was.
+# Measures
+#
+# A measure is an object with three members. `update(samples, texts)` takes in a batch, so that sets of any size can be
+# measured: points (B, 2), or uint8 images (B, 3, H, W) and the prompts that they were made from. `result()` returns the
+# measured numbers by column of the table, and forgets what was taken in, so that the next set can begin. `name` is what
+# is said below the table.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
-    """Exact W2 of two equally large sets of points (n, d), in data units: the best pairing's root mean square distance."""
+    """Exact W2 of two equally large sets of points (n, d), in data units: the best pairing's root mean square
+    distance."""
     from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(a.double(), b.double()).square().numpy()
@@ -53,6 +58,9 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 
 def mmd(a: Tensor, b: Tensor) -> float:
     """RBF maximum mean discrepancy of two sets of points (n, d), averaged over the bandwidths 0.1, 0.3 and 1.
+
+    W2 asks how far points must be moved, MMD whether kernel averages differ. Where few points are far off, W2 sees it
+    first; where densities are slightly wrong everywhere, MMD does.
 
     Unbiased before the root is taken; so of two samples of the same data it may be negative, and then 0 is returned.
     """
@@ -87,13 +95,13 @@ class ImageFeatures:
     """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
     and how often it sees the class that the prompt names, if it is a classifier that has names.
 
-    The network is torch-fidelity's Inception ("inception"; then the distance is FID), or a file of toy/features.py (.pt2;
-    FD), which maps images to features (B, D) and logits.
+    The network is torch-fidelity's Inception, and the distance then FID; or it is a file of toy/features.py (.pt2),
+    which maps images to features (B, D) and logits, and the distance is called FD.
     """
 
     def __init__(self, network: str, reference: Sequence, device: torch.device):
         self.name, self.device, names = f"features: {network}", device, {"classes": ""}
-        self.distance = "FID" if network == "inception" else "FD"
+        self.distance = "FID" if network == "inception" else "FD"  # only Inception's may be called as published ones
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # its errors are reported below, in one line
         try:
             if network == "inception":
@@ -114,7 +122,8 @@ class ImageFeatures:
 
     @torch.no_grad()
     def update(self, samples: Tensor, texts: Sequence[str]) -> None:
-        """Takes in images and, if they have any, their prompts. A prompt that names no class, or two, is not counted."""
+        """Takes in images and, if they have any, their prompts. A prompt that names no class, or two, is not
+        counted."""
         for i in range(0, len(samples), 250):
             features, *logits = self.network(samples[i : i + 250].to(self.device))
             self.features.append(features.float().cpu())
@@ -141,8 +150,8 @@ class ImageFeatures:
 
 
 class ClipScore:
-    """The mean cosine between image and prompt in a CLIP of open_clip. The model is named as architecture/weights, where
-    weights are a tag of open_clip's or a file."""
+    """The mean cosine between image and prompt in a CLIP of open_clip. The model is named as architecture/weights,
+    where weights are a tag of open_clip's or a file."""
 
     def __init__(self, model: str, device: torch.device):
         self.name, self.device, self.cosines = f"CLIP: {model}", device, []
@@ -221,7 +230,8 @@ class Evaluation:
         self.measures = measures_for(self.model, self.reference, self.features, self.clip_model)
 
     def update(self, samples: Tensor, texts: Sequence[str] = ()) -> None:
-        """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8 images)."""
+        """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8
+        images)."""
         if samples.ndim == 4 and samples.is_floating_point():
             pixels = to_pixels(samples)
             samples = torch.stack([centre_square(Image.fromarray(x), self.resolution) for x in pixels])
@@ -233,14 +243,16 @@ class Evaluation:
         return {name: value for measure in self.measures for name, value in measure.result().items()}
 
     def held_out_data(self) -> dict[str, float]:
-        """Real data as if a sampler had made them: the floor, below which differences say nothing."""
+        """Real data that the reference set does not hold, as if a sampler had made them. Two samples of one
+        distribution are some distance apart by chance; a sampler that comes as near as this cannot be told from the
+        data."""
         data = reference_set(self.data, "train" if self.split == "test" else "test", self.resolution)
         for part in spread(len(data), len(self.seeds)).split(250):
             self.update(data[part])
         return self.results()
 
     def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
-        """Some of the sampler's samples, as many as fit in 1 GiB, and the row of the table.
+        """One sampler: some of its samples, as many as fit in 1 GiB, and its row of the table.
 
         With `samples_dir` images are kept there as files, and found there again. Then a first batch is made once more,
         to be timed.
@@ -255,9 +267,11 @@ class Evaluation:
             folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
             sample_to_folder(model, seeds, folder, steps, **options)
             batches = (torch.stack([read_png(folder, seed) for seed in part]) for part in parts)
+        # sample_batches is lazy: a batch is made when the loop asks for it. So the clock runs between two batches, and
+        # stands while they are measured.
         kept, seconds, begin = [], 0.0, time.perf_counter()
         for part, x in zip(parts, batches, strict=True):
-            seconds += time.perf_counter() - begin  # of sampling, without measuring
+            seconds += time.perf_counter() - begin
             self.update(x, [self.texts[s % len(self.texts)] for s in part if self.texts])
             if not kept or (len(kept) + 1) * x.numel() <= 2**28:
                 kept.append(x)
@@ -284,7 +298,11 @@ class Comparison(NamedTuple):
 
 @torch.no_grad()
 def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str) -> float:
-    """Seconds of one bare network call on a batch: the least of three, after one to warm up."""
+    """Seconds of one bare network call on a batch: the least of three, after one to warm up.
+
+    Sampling cannot be faster than its network calls. What a sampler takes beyond them is overhead: the VAE, the
+    solver's arithmetic, Python.
+    """
     seconds, labels = [], model.labels([])
     x = torch.randn(batch_size, *model.shape, device=model.device, dtype=next(model.network.parameters()).dtype)
     cond = model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device))
@@ -300,10 +318,11 @@ def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str
 def compare(
     evaluation: Evaluation, students: dict[str, DiffusionModel], steps, teacher_steps, w: float, samples_dir=None
 ) -> Comparison:
-    """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same noises.
+    """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same
+    noises.
 
-    "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from the
-    same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one.
+    "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
+    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one.
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
@@ -319,6 +338,7 @@ def compare(
     for name, model, n, guidance in plan:
         x, values = evaluation.sampler(model, n, guidance, samples_dir)
         row = {"sampler": name, "steps": n, **values}
+        # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
         elif endpoint is not None and (model is teacher or n == 1):
@@ -366,7 +386,11 @@ PROTOCOLS = {
 
 
 def table(args: argparse.Namespace) -> None:
-    """The subcommand: compares students, and leaves evaluation.json and .png in the first one's folder."""
+    """The subcommand: compares students, and leaves evaluation.json and .png in the first one's folder.
+
+    What is not given on the command line is read from the metrics.json that distill.py left there: the teacher, the
+    data, and the guidance scale that the student has in its weights.
+    """
     missing = args.protocol and not args.prompts
     refuse(missing, f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
@@ -406,7 +430,9 @@ def approximated_errors(
 ) -> Tensor:
     """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves, by t.
 
-    Neighbours on a trajectory are simulated as for the paper's figure: the same noise on the same x_0.
+    A consistency function would have 0 everywhere. The paper adds these errors up along a trajectory to bound the
+    error of the whole, which is why it wants each to be small. Neighbours on a trajectory are simulated as for its
+    figure: the same noise on the same x_0. (toy/fig2c_error.py takes true neighbours.)
     """
     squares, before = [], None
     for n in times:
@@ -420,7 +446,8 @@ def approximated_errors(
 
 
 def error(args: argparse.Namespace) -> None:
-    """The subcommand: a curve for each model, printed, plotted, and written as .json."""
+    """The subcommand: a curve for each model, printed, plotted, and written as .json. All see the same data and
+    noise."""
     from toy import plots
 
     out, device = Path(args.out), training.process().device
@@ -497,7 +524,7 @@ def parser() -> training.Parser:
 @program
 def main() -> None:
     typed = sys.argv[1:]
-    first, _ = parser().parse_known_args(typed)
+    first, _ = parser().parse_known_args(typed)  # for --protocol, which is then read before the other flags
     protocol = PROTOCOLS.get(getattr(first, "protocol", None), "").split()
     args = parser().parse_args([typed[0], *protocol, *typed[1:]])
     args.run(args)

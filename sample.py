@@ -3,8 +3,9 @@
     python sample.py runs/cifar-student --steps 4 --out samples.png
     python sample.py TEACHER STUDENT --steps 1 2 4 --prompts "a photo of a cat" --out grid.png
 
-The noise of sample i follows from the seed `--seed` + i alone: not from its batch, its device or the model. So the rows of
-a picture show what different models make of the same noise, and an interrupted folder of 30,000 images can be filled up.
+The noise of sample i follows from the seed `--seed` + i alone: not from its batch, its device or the model. So the
+rows of a picture show what different models make of the same noise, and an interrupted folder of 30,000 images can be
+filled up.
 """
 
 import json
@@ -74,6 +75,7 @@ def sampler_steps(
 
 
 def default_sampler(model: DiffusionModel) -> str:
+    """What it was made for."""
     return "lcm" if model.is_student else "ddim"
 
 
@@ -91,6 +93,7 @@ def sample_batches(
     refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
     guided = w and sampler == "lcm"
     refuse(guided, "guidance is for the teacher: what a student was distilled with is in its weights")
+    # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
     labels = model.labels(prompts)
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
     for batch in tqdm(batches, desc=f"{sampler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
@@ -136,11 +139,12 @@ def sample_to_folder(
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
         record.write_text(text)
+    # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
     missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
     done = iter(missing)
     for batch in sample_batches(model, missing, steps, sampler, **options):
         for pixels, seed in zip(to_pixels(batch), done, strict=False):
-            draft = png(folder, seed).with_suffix(".tmp")
+            draft = png(folder, seed).with_suffix(".tmp")  # renamed when complete: whatever is called .png is whole
             Image.fromarray(pixels).save(draft, "PNG")
             draft.replace(png(folder, seed))
     state.wait_for_everyone()
@@ -176,7 +180,8 @@ def picture(samples: Tensor, columns: int = 8) -> Image.Image:
 
 
 def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
-    """One picture of several batches under their names. Of points also the model's PF-ODE, cut into sub-paths of k."""
+    """One picture of several batches under their names, drawn from the same noises: of images a row each, so that a
+    column shows one noise. Of points a panel each, and three of the model's PF-ODE with a sub-path of length k."""
     if len(model.shape) == 1:
         from toy import plots
 
@@ -185,7 +190,7 @@ def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> 
 
     columns = preview(model)[1]
     rows = [(name, picture(samples[:columns], columns)) for name, samples in panels.items()]
-    scale = max(1, 800 // rows[0][1].width)
+    scale = max(1, 800 // rows[0][1].width)  # small images are enlarged, pixel by pixel
     width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
     image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
     font = ImageFont.truetype(findfont("DejaVu Sans"), 11)  # comes with matplotlib, and has Greek letters
@@ -249,7 +254,9 @@ def main() -> None:
     args = parser().parse_args()
     out, prompts = Path(args.out), read_prompts(args.prompts)
     writable_folder(out.parent if out.suffix == ".png" else out)
-    plan = []  # (model, sampler, steps), a row of the picture or a folder each
+    # First all rows are planned and checked, then the first image is made: (model, sampler, steps), each a row of the
+    # picture or a folder. A student has its guidance in its weights, so --guidance_w is the teachers' alone.
+    plan = []
     for name in args.models:
         model = load(name).to(training.process().device)
         sampler = args.scheduler or default_sampler(model)
@@ -278,6 +285,7 @@ def main() -> None:
 
 
 def n_steps(n: int) -> str:
+    """How a row is named."""
     return "1 step" if n == 1 else f"{n} steps"
 
 

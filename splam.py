@@ -203,8 +203,8 @@ def sub_path_point(
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    # 1 - r² is the variance of the fresh noise of Eq. 20, and so equals σ_t² - r² σ_s². Where r is near 1, float32 would
-    # lose it in the difference of two numbers near 1, but not in this one.
+    # 1 - r² is the variance of the fresh noise of Eq. 20, and so equals σ_t² - r² σ_s². Where r is near 1, float32
+    # would lose it in the difference of two numbers near 1, but not in this one.
     one_minus_r2 = sigma_t**2 - r**2 * sigma_s**2
     if ode == "sl":
         x = (1 - g) * r * x_s + g * x_t  # Eq. 12

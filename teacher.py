@@ -78,6 +78,7 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
+        """Where its network is."""
         return next(self.network.parameters()).device
 
     @property
@@ -197,7 +198,7 @@ class PointModel(DiffusionModel):
     """
 
     kind, network_class = "points", ("toy.mlp", "PointMLP")
-    shape, many_steps = (2,), 1000
+    shape, many_steps = (2,), 1000  # with so small a network, every time step can be one of the solver's
 
     def __init__(self, network: nn.Module, scheduler, name: str):
         super().__init__(network, scheduler, name)
@@ -222,7 +223,7 @@ class PointModel(DiffusionModel):
     def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
         if not self.ideal or (w and not self.conditional):  # the base class refuses the latter
             return super().predict(x, t, cond, w)
-        alpha, sigma = self.schedule.at(t, 2)
+        alpha, sigma = self.schedule.at(t, 2)  # Tweedie: the mixture's ε is -σ times its score, below Eq. 3
         return to_x0_eps(self.mixture.eps(x, alpha, sigma, cond.get("class_labels"), w), x, alpha, sigma, "epsilon")
 
 
@@ -313,11 +314,13 @@ class StableDiffusion(DiffusionModel):
         """Pixels and tokens; with --cache_latents, latents and embeddings, which are made now if they are not there."""
         resolution, factor = args.resolution or self.resolution, self.pipeline.vae_scale_factor
         data.refuse(resolution % factor, f"--resolution {resolution} is no multiple of the VAE's {factor}")
+        # A U-Net takes any size. The student will remember the one at which it was distilled.
         self.resolution, self.shape = resolution, (self.shape[0], resolution // factor, resolution // factor)
         pairs = data.load_pairs(args.data, (resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
         if not args.cache_latents:
             return pairs
         state = training.process()
+        # All that latents and embeddings depend on. A cache that was made otherwise is refused.
         made_from = {name: getattr(args, name) for name in ("data", "min_image_size", "max_pwatermark")}
         made_from |= {"teacher": self.name, "resolution": resolution, "mixed_precision": args.mixed_precision}
 
@@ -459,7 +462,7 @@ def _load_lora(folder: Path) -> DiffusionModel:
     data.refuse(not record.is_file(), f"{folder} holds a LoRA but no metrics.json, {reason}")
     pipeline = load(json.loads(record.read_text())["configuration"]["pretrained_teacher_model"]).pipeline
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
-    pipeline.fuse_lora()
+    pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other
     pipeline.unload_lora_weights()
     pipeline.register_modules(scheduler=LCMScheduler.from_pretrained(folder / "scheduler"))
     return StableDiffusion(pipeline, str(folder))
@@ -469,9 +472,9 @@ def _load_lora(folder: Path) -> DiffusionModel:
 # Training a teacher: ordinary denoising
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Command lines by kind of model, which are read before what was typed. Points take 15 seconds of two CPU cores, images half
-# an hour. scaled_linear is the form of Stable Diffusion's noise schedule, but with diffusers' default ends, which are not
-# Stable Diffusion's; linear is DDPM's own schedule. These channels make 2.5 M weights.
+# Command lines by kind of model, which are read before what was typed. Points take 15 seconds of two CPU cores,
+# images half an hour. scaled_linear is the form of Stable Diffusion's noise schedule, but with diffusers' default
+# ends, which are not Stable Diffusion's; linear is DDPM's own schedule. These channels make 2.5 M weights.
 RECIPES = {
     "points": "--max_train_steps 3000 --train_batch_size 512 --learning_rate 2e-3 --beta_schedule scaled_linear",
     "images": "--max_train_steps 6000 --train_batch_size 64 --learning_rate 1e-3 --beta_schedule linear"
@@ -515,7 +518,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
-    """An untrained model of the kind that `args.data` asks for. `network_options` are the lab's, for the toy's MLP."""
+    """An untrained model of the kind that `args.data` asks for.
+
+    `network_options` are for ablations of the toy's MLP. clip_sample=False: to clip x_0 in every solver step would be
+    another ODE than the one that the student is distilled from.
+    """
     from diffusers import DDPMScheduler
 
     set_seed(args.seed)  # of the initial weights
@@ -539,6 +546,7 @@ def _new_unet(args: argparse.Namespace) -> nn.Module:
     """A small U-Net with attention at its third level."""
     from diffusers import UNet2DModel
 
+    # GroupNorm has 8 groups, so that every width must be a multiple of 8; each level but the last halves the image.
     images, channels = data.load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
     size, levels = images.samples.shape[-1], len(channels)
     impossible = size % 2 ** (levels - 1) or any(width % 8 for width in channels)
@@ -557,7 +565,9 @@ def _new_unet(args: argparse.Namespace) -> nn.Module:
 def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> None:
     """Trains the model's network to denoise its data (Eq. 8), and saves the average of its weights.
 
-    The loss is the mean square between what the network outputs and what `prediction_type` says that it should.
+    The loss is the mean square between what the network outputs and what `prediction_type` says that it should. The
+    loop is built like the one in distill.py, where each line is explained: what all processes draw alike, what
+    autocast covers, which calls every process must reach.
     """
     network = model.copy_network()
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -578,6 +588,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
                         cond = _drop(cond, model.null_condition(len(x0)), uniform[:, 0] < 0.1)
                     alpha, sigma = schedule.at(t, x0.ndim)
                     output = run.model(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
+                # Outside autocast: the loss is float32.
                 wanted = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
                 loss = distance(output, wanted[model.prediction_type], "l2").mean()
                 accelerator.backward(loss)
@@ -592,6 +603,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
         run.log(step, torch.stack(losses).mean())
         run.checkpoint(step)
     weights = training.gathered(average.state_dict())
+    # Others may go on only when the folder is there: they load it next, if distill.py has called.
     if accelerator.is_main_process:
         model.network.load_state_dict(weights)
         save(model, run.folder)

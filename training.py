@@ -56,12 +56,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Adds its default to the help of each flag that has one."""
+    """A line for each flag, with its default if it has one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=118)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "X"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, argparse.SUPPRESS, []) or not action.option_strings:
-            return action.help
-        return f"{action.help} (default %(default)s)"
+        without = action.default in (None, []) or isinstance(action.default, bool) or not action.option_strings
+        return action.help if without or action.default is argparse.SUPPRESS else f"{action.help} (default %(default)s)"
 
 
 def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
@@ -143,7 +148,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def process() -> PartialState:
-    """This process's rank and device, also before a Run exists."""
+    """This process's rank and device, also before a Run exists. A program that was not launched has one process."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -217,10 +222,12 @@ class Run:
         refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
         if isinstance(dataset, Shards):
             dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
-        set_seed(args.seed, device_specific=True)  # from here on dropout differs between processes
+        # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have
+        # different samples.
+        set_seed(args.seed, device_specific=True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
         optimizer = self._adamw()(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
@@ -257,7 +264,10 @@ class Run:
         return self.bar
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """This process's micro-batches on its device, without end, from where the run stands."""
+        """This process's micro-batches on its device, without end, from where the run stands.
+
+        Where it stands is a number of batches, so no state of a loader needs to be saved.
+        """
         args, start = self.args, self.step * self.args.gradient_accumulation_steps
         position = {"batch_size": args.train_batch_size, "seed": args.seed, "start": start}
         position |= {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
@@ -269,7 +279,11 @@ class Run:
         return torch.Generator().manual_seed(self.args.seed * 1_000_000_007 + step)
 
     def rows(self, draws: Iterable[Tensor], micro_step: int) -> list[Tensor]:
-        """Of what was drawn for a whole step, the rows of this process's micro-batch, on its device."""
+        """Of what was drawn for a whole step, the rows of this process's micro-batch, on its device.
+
+        The whole batch is ordered by micro-step and then by process, which is the order of EndlessBatches too. So row i
+        of the draws always meets item i of the data, however the batch is cut into pieces.
+        """
         size, accelerator = self.args.train_batch_size, self.accelerator
         first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
         return [part[first : first + size].to(accelerator.device) for part in draws]
@@ -296,6 +310,8 @@ class Run:
         if step % self.args.checkpointing_steps and step != self.args.max_train_steps:
             return
         final, draft = self.folder / f"checkpoint-{step}", self.folder / f"checkpoint-{step}.tmp"
+        # The main process clears the place, all write into it, the main one finishes and renames. Between these no
+        # process may be ahead of the others.
         if self.accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -306,7 +322,7 @@ class Run:
             for name, weights in averages.items():
                 save_file(weights, draft / f"{name}.safetensors")
             (draft / "configuration.json").write_text(json.dumps(self._configuration(), indent=2))
-            if final.exists():
+            if final.exists():  # of a run that had gone on from here before
                 shutil.rmtree(final)
             draft.rename(final)
             for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:

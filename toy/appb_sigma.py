@@ -2,8 +2,8 @@
 
 Appendix B: the exact and the approximate (linear) σ_γ: how far apart they are, which one is right, what it changes.
 
-Right depends on how the ends of a sub-path are coupled: the exact form assumes that x_t was made from x_s by fresh noise
-(Markov chain, Eq. 20), and training makes x_s from x_t by DDIM.
+Right depends on how the ends of a sub-path are coupled: the exact form assumes that x_t was made from x_s by fresh
+noise (Markov chain, Eq. 20), and training makes x_s from x_t by DDIM.
 """
 
 import functools
@@ -24,8 +24,8 @@ from toy.laboratory import Bench, Findings, Laboratory, Variant
 def markov_estimation(
     denoise: Denoiser, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor, k: int, solver_step: int
 ) -> Tensor:
-    """x_s as the Markov chain has it, given x_t and the teacher's x_0: `multiple_estimation` with DDPM's ancestral steps
-    in the place of DDIM's, so with fresh noise in each."""
+    """x_s as the Markov chain has it, given x_t and the teacher's x_0: `multiple_estimation` with DDPM's ancestral
+    steps in the place of DDIM's, so with fresh noise in each."""
     for _ in range(math.ceil(k / solver_step)):
         t_next = torch.maximum(t - solver_step, s)
         x0, eps = denoise(x, t)

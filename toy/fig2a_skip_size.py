@@ -2,8 +2,8 @@
 
 Figure 2(a): quality against the skipping step size k, with and without multiple estimation (ME).
 
-Sub-paths start on a grid of 50 times, 20 apart. Where k is a multiple of 20 they also end on it. For k = 50 a grid of 20
-times does that; what happens otherwise is shown by what_decides grid.
+Sub-paths start on a grid of 50 times, 20 apart. Where k is a multiple of 20 they also end on it. For k = 50 a grid of
+20 times does that; what happens otherwise is shown by what_decides grid.
 """
 
 from PIL import Image

@@ -1,7 +1,7 @@
 """What the scripts of this folder share: students distilled at equal cost over several seeds, measured, and recorded.
 
-A variant is a command line of distill.py, so whatever is compared here is what that program does. Each student is trained
-in one thread, so that its numbers depend neither on the machine's cores nor on what else it does.
+A variant is a command line of distill.py, so whatever is compared here is what that program does. Each student is
+trained in one thread, so that its numbers depend neither on the machine's cores nor on what else it does.
 """
 
 import argparse
@@ -207,8 +207,8 @@ def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int)
 
 
 class Findings(NamedTuple):
-    """What was measured: rows by variant, in the order of seeds and times; what real data and the PF-ODE's ends have; and
-    all flags of distill.py for the first student."""
+    """What was measured: rows by variant, in the order of seeds and times; what real data and the PF-ODE's ends have;
+    and all flags of distill.py for the first student."""
 
     rows: dict[str, list[dict]]
     references: dict[str, dict[str, float]]
@@ -314,7 +314,8 @@ class Laboratory:
         measure: Measure = quality,
         at: Iterable[float] = (1,),
     ) -> None:
-        """The whole script. What an interrupted call has measured lies in WORK, and is forgotten when all is written."""
+        """The whole script. What an interrupted call has measured lies in WORK, and is forgotten when all is
+        written."""
         args = self.args
         if unknown := set(args.only or ()) - set(variants):
             raise BadInput(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")

@@ -22,8 +22,8 @@ class PointMLP(nn.Module, ConfigMixin):
     Its config also remembers what it was fitted to: `distribution`, and whether the teacher that it belongs to is
     `ideal`, which answers by the distribution's closed form, so that only its students need the network.
 
-    It is saved as diffusers saves a model, config.json and safetensors. It does not inherit diffusers' ModelMixin, which
-    would do that too, because that class imports transformers: half a second for every start of the toy.
+    It is saved as diffusers saves a model, config.json and safetensors. It does not inherit diffusers' ModelMixin,
+    which would do that too, because that class imports transformers: half a second for every start of the toy.
     """
 
     config_name = "config.json"

@@ -35,8 +35,8 @@ def scatter(points: Tensor) -> Image.Image:
 
 
 class SubPath(NamedTuple):
-    """What `overview` draws of the PF-ODE: whole trajectories (times, n, 2); and of one of them, a sub-path from x_t to x_s
-    with its signal α (times, 1), and the line x_γ (γs, 2) from r x_s to x_t."""
+    """What `overview` draws of the PF-ODE: whole trajectories (times, n, 2); and of one of them, a sub-path from x_t
+    to x_s with its signal α (times, 1), and the line x_γ (γs, 2) from r x_s to x_t."""
 
     trajectories: Tensor
     piece: Tensor

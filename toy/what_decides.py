@@ -2,9 +2,9 @@
 
 What decides whether SPLAM is better than LCM? One change at a time.
 
-All these students have k = 100 and five solver steps unless a change says otherwise. So LCM and SPLAM differ in γ alone:
-it is always 1, or uniform. Other factors have figures of their own: k and multiple estimation (fig2a), training time
-(fig2b), w (fig3), σ (appb).
+All these students have k = 100 and five solver steps unless a change says otherwise. So LCM and SPLAM differ in γ
+alone: it is always 1, or uniform. Other factors have figures of their own: k and multiple estimation (fig2a),
+training time (fig2b), w (fig3), σ (appb).
 """
 
 import torch
