@@ -228,10 +228,9 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
-        optimizer = self._adamw()(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-        lr_scheduler = get_scheduler(
-            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-        )
+        optimizer = _adamw(args)(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+        lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+        lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # of accelerate launch --use_fsdp
         if fsdp:
             refuse(fsdp.fsdp_version == 1, "FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
