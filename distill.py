@@ -92,24 +92,25 @@ def parser() -> training.Parser:
     flag("--k", type=training.positive, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
     flag("--solver_step", type=training.positive, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
     # LCM's grid. Its spacing of 20 divides k, so that sub-paths end at times where others start.
-    grid_help = "evenly spaced times where sub-paths start; paper: 50"
-    flag("--num_ddim_timesteps", type=training.positive, default=50, help=grid_help)
+    flag("--num_ddim_timesteps", type=training.positive, default=50, help="times where sub-paths start; paper: 50")
     w_help = "w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
     flag("--guidance_w", type=training.finite, default=0.0, help=w_help)
     flag("--metric", choices=splam.METRICS, default="huber", help="d of Eq. 17; paper: huber for SD1.5, l2 for SD2.1")
     flag("--ema_decay", type=training.share, default=0.95, help="of the target network θ⁻; paper: 0.95")
     # Ours, and not the authors': in 2-D it makes half the error of their embedding (toy/README.md).
-    gamma_help = "what the network is told of γ: an embedding, or the time with the same noise; paper: embedding"
+    gamma_help = "how the network learns γ: an embedding, or the time of equal noise; paper: embedding"
     flag("--gamma_conditioning", choices=splam.GAMMA_CONDITIONINGS, default="time", help=gamma_help)
-    sigma_help = "σ_γ below Eq. 15, or Eq. 24, which together with time conditioning tells a wrong time; paper: approx"
+    # Not both "exact" and "time": the time of equal noise is computed from σ_γ, and Eq. 24's σ_γ is not that of the
+    # points that a solver makes (splam.py, section 2). An embedding can learn around it; a wrong time cannot be seen.
+    sigma_help = "σ_γ below Eq. 15, or of Eq. 24, which with time conditioning tells a wrong time; paper: approx"
     flag("--sigma", choices=splam.SIGMA_FORMS, default="approx", help=sigma_help)
-    draws_help = "γ for each solved sub-path, sharing its cost; paper: 1"
-    flag("--gamma_draws", type=training.positive, default=1, help=draws_help)
-    one_help = "share of draws with γ = 1, where sampling is; paper: 0"
-    flag("--gamma_at_one", type=training.share, default=0.0, help=one_help)
+    # Two options of this project. Measured in toy/README.md: the first did not help, the second did.
+    flag("--gamma_draws", type=training.positive, default=1, help="γ for each solved sub-path; paper: 1")
+    flag("--gamma_at_one", type=training.share, default=0.0, help="share of draws with γ = 1; paper: 0")
     training.add_arguments(p)
     # A short warm-up, while AdamW's second moments are still guesses; and the paper's clipping.
     p.set_defaults(lr_scheduler="constant_with_warmup", max_grad_norm=10.0)
+    # For Stable Diffusion, whose weights, gradients and activations do not fit one GPU at a useful batch.
     flag = p.add_argument_group("large networks").add_argument
     flag("--lora_rank", type=training.count, default=0, help="train a LoRA of this rank instead of all weights")
     flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
@@ -148,11 +149,15 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
 def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Refuses flags that do not go together, before anything is computed."""
     times, network = len(teacher.schedule), teacher.network
+    # m = k / k_φ must be whole: a shorter last step would be a solver that no flag describes.
     refuse(args.k % args.solver_step, f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
+    # Longer than the schedule, every sub-path would end at time 0, where the student is the identity (Eq. 5).
     refuse(args.k >= times, f"--k must be smaller than the teacher's {times} time steps")
+    # The grid N-1, N-1-N/50, ... must consist of whole time steps, as that of diffusers' LCMScheduler does.
     refuse(times % args.num_ddim_timesteps, f"--num_ddim_timesteps must divide the teacher's {times} time steps")
     idle = args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one)
     refuse(idle, "--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
+    # Eq. 18 subtracts a prediction without condition. A teacher that was never trained to make one has none.
     unguided = args.guidance_w and not teacher.conditional
     refuse(unguided, "--guidance_w needs a conditional teacher: this one has no labels")
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
@@ -199,6 +204,7 @@ class Distillation:
         solver: Callable = splam.multiple_estimation,
         embed: Callable = splam.gamma_embedding,
     ):
+        # θ <- the teacher's weights, in a trainable copy; with --lora_rank, only the LoRA on them is trainable.
         self.args, self.teacher, self.draw, self.solver = args, teacher, draw, solver
         # The only random weights of a run are the γ-projection's, made on the next lines. With the seed set here all
         # processes make the same ones, and so does a repetition of the run.
@@ -215,6 +221,7 @@ class Distillation:
         # may not: half precision would round an AdamW step of 8e-6 away.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
         self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
+        # Compiled in place, so that names of weights and the modules around them stay what they are.
         if args.torch_compile:
             for module in (network, self.target.network, teacher.network):
                 module.compile()
@@ -295,7 +302,11 @@ def main() -> None:
 
 
 def finish(args: argparse.Namespace, teacher: DiffusionModel, student: DiffusionModel, prompts: list[str]) -> None:
-    """Saves the student, the picture, and metrics.json; prints the table, if there is to be one."""
+    """Saves the student, the picture, and metrics.json; prints the table, if there is to be one.
+
+    The table compares the student in 1, 2 and 4 steps with the teacher by DDIM in as many, and in `many_steps`, which
+    is what the student was distilled to do at once.
+    """
     folder, many = Path(args.output_dir), teacher.many_steps
     save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
@@ -316,6 +327,9 @@ def finish(args: argparse.Namespace, teacher: DiffusionModel, student: Diffusion
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --benchmark: how fast is a step, and where does its time go?
+#
+# The yardstick is a cost model. A step is made of forward passes of the network (a backward pass counts as two), and a
+# forward pass can be timed by itself. What the step takes beyond its passes is overhead: data, optimizer, Python.
 # ---------------------------------------------------------------------------------------------------------------------
 
 WARM_UP = 3  # steps that are not counted: memory is allocated, kernels are chosen
@@ -323,7 +337,7 @@ WARM_UP = 3  # steps that are not counted: memory is allocated, kernels are chos
 
 def forward_passes(args: argparse.Namespace) -> int:
     """The cost of one sample in a training step, in forward passes of the network: the teacher's m, twice if guided;
-    one of the target; and of the student three for each γ, since a backward pass costs two forward ones."""
+    one of the target; and of the student three for each γ, or four if it computes its activations twice."""
     teacher = args.k // args.solver_step * (2 if args.guidance_w else 1)
     return teacher + 1 + args.gamma_draws * (3 + args.gradient_checkpointing)
 
@@ -346,7 +360,7 @@ def peak_memory() -> float:
 
 def watch(owner: object, method: str, part: str, seconds: Counter) -> None:
     """From now on, counts in `seconds[part]` what this method takes."""
-    original = getattr(owner, method)
+    original = getattr(owner, method)  # bound to its owner; the attribute set below hides it there and nowhere else
 
     def timed(*args, **kwargs):
         begin = now()
@@ -361,7 +375,7 @@ def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Times steps as they are, and then as many again with their parts, since each look at a GPU's clock makes it wait.
     Prints a report and leaves it in OUTPUT_DIR/benchmark."""
     args.output_dir, args.max_train_steps = f"{args.output_dir}/benchmark", WARM_UP + 2 * args.timed_steps
-    args.overwrite, args.resume_from_checkpoint = True, None  # an earlier benchmark there is nothing to keep
+    args.overwrite, args.resume_from_checkpoint = True, None  # of an earlier benchmark there is nothing to keep
     distillation = Distillation(args, teacher)
     run, steps, seconds, parts = distillation.run, distillation.steps(), [], Counter()
     for i in range(args.max_train_steps):
@@ -378,29 +392,20 @@ def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
         run.log(*next(steps))  # as main does it; to read the loss is to wait for the step's end
         seconds.append(now() - begin)
     timed, watched = seconds[WARM_UP:][: args.timed_steps], seconds[WARM_UP + args.timed_steps :]
-    whole, split = statistics.mean(timed), statistics.mean(watched)
+    whole, split, deviation = statistics.mean(timed), statistics.mean(watched), statistics.stdev(timed)
     parts = {part: total / args.timed_steps for part, total in parts.items()}
     parts["data, EMA and others"] = split - sum(parts.values())
     passes, forward = forward_passes(args), network_seconds(teacher, args.train_batch_size, args.mixed_precision)
-    # The cost model: what the step's forward passes alone would take. A ratio of 1 is a loop without overhead.
-    model = passes * forward * args.gradient_accumulation_steps
-    result = {
-        "images/s": run.total_batch_size / whole,
-        "seconds a step": whole,
-        "standard deviation": statistics.stdev(timed),
-        "parts": parts,
-        "peak memory, GiB": peak_memory(),
-        "forward passes": passes,
-        "seconds a forward pass": forward,
-        "ratio to the cost model": whole / model,
-        "machine": machine(),
-        "flags": vars(args),
-    }
+    model = passes * forward * args.gradient_accumulation_steps  # what the passes alone would take
+    speed, memory = run.total_batch_size / whole, peak_memory()
+    report = {"images/s": speed, "seconds a step": whole, "standard deviation": deviation, "parts": parts}
+    report |= {"peak memory, GiB": memory, "forward passes": passes, "seconds a forward pass": forward}
+    report |= {"ratio to the cost model": whole / model, "machine": machine(), "flags": vars(args)}
     if not run.accelerator.is_main_process:
         return
-    (run.folder / "benchmark.json").write_text(json.dumps(result, indent=2))
-    print(f"{result['images/s']:.4g} images/s, {whole:.4g} ± {result['standard deviation']:.2g} s a step", end="")
-    print(f" of {run.total_batch_size}; peak memory {result['peak memory, GiB']:.3g} GiB; {machine()}")
+    (run.folder / "benchmark.json").write_text(json.dumps(report, indent=2))
+    step = f"{whole:.4g} ± {deviation:.2g} s a step of {run.total_batch_size}"
+    print(f"{speed:.4g} images/s, {step}; peak memory {memory:.3g} GiB; {machine()}")
     for part, value in parts.items():
         print(f"{part:22} {value:8.4f} s  {100 * value / split:3.0f} %")
     print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")

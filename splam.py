@@ -174,7 +174,7 @@ def multiple_estimation(
 #   form below Eq. 15. For one solver step it is exact, to rounding. With m > 1 steps the estimate ε̂ changes on the way,
 #   and the form is an approximation again; toy/README.md measures by how much.
 # - They are independent but for what x_t inherits from x_s, when x_t was made from x_s by fresh noise (Eq. 20:
-#   x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 are its mean and variance). Then variances add: put Eq. 20 into Eq. 12, and
+#   x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 say what that makes of x_0). Then variances add: put Eq. 20 into Eq. 12, and
 #   x_γ = r x_s + γ √(1-r²) ε' (Eq. 23), so that σ_γ² = r² σ_s² + γ² (1-r²) (Eq. 24). This is the "exact" form. Training
 #   does not couple its ends in this way, and so it is not the exact one there, in spite of its name.
 #
@@ -391,7 +391,8 @@ def draw(
     its times from the same grid, so it never asks the student at a time where it was not trained.
 
     `gamma_at_one` is this project's option, 0 in the paper: that share of the γ is 1. Sampling happens at γ = 1 alone,
-    and uniform draws almost never hit it.
+    and uniform draws come near it rarely. γ = 1 is also where a sub-path hands on what the target knows at its end to
+    its start, over the whole length k; near γ = 0 the student is asked almost where the target is.
     """
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
@@ -439,7 +440,8 @@ def splad_loss(
         line = "dl" if ode == "dl" else "sl"  # at γ = 1 both are x_t
         point = sub_path_point(x_t, x_s, t, s, g, schedule, line, sigma_form)  # Eq. 12, or 26
         losses.append(distance(student(point.x, t, g, point, **cond), landing, metric))
-    # Eq. 6 has a weight λ(t), which Eq. 17 drops: it would multiply `losses` here, a number for each sample and γ.
+    # Consistency models have a weight λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect". Such
+    # a weight would multiply here: there is a number for each sample and γ.
     return torch.stack(losses, dim=1).mean()
 
 
@@ -447,7 +449,8 @@ def splad_loss(
 def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
     """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, the last line of Algorithm 1.
 
-    A target that moves slowly keeps training stable: the student chases itself.
+    The student chases a target that is made from itself. If the target jumped with every step, errors would feed on
+    themselves; toy/README.md shows what happens without the average.
     """
     for averaged, parameter in zip(target.parameters(), student.parameters(), strict=True):
         averaged.lerp_(parameter.detach().to(averaged.dtype), 1 - decay)
@@ -455,6 +458,11 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Sampling in a few steps (Eq. 19)
+#
+# One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. It is
+# never quite right, and most wrong from far away. So more steps go back part of the way: noise is added to x̂_0 until it
+# is a point of an earlier, less noisy time, and the student jumps again from there, a shorter way. The noise is fresh,
+# and so the new point lies on another trajectory; from the second step on, a sample is no function of its first noise.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +470,8 @@ def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_
     """`num_inference_steps` times of the training grid from N-1 down, evenly spaced by their place on it: LCM's times.
 
     `original_inference_steps` is the number of times on that grid, by its name in diffusers' LCMScheduler. The place is
-    a product of floats, rounded down, because it is one there: exact fractions would give other times here and there.
+    a product of floats, rounded down, because it is one there: exact fractions would give other times here and there,
+    and a student sampled by stock diffusers would not be the one that was measured here.
     """
     step = num_train_timesteps // original_inference_steps
     grid = [step * (i + 1) - 1 for i in reversed(range(original_inference_steps))]
@@ -473,7 +482,7 @@ def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_
 def few_step_sample(
     student: Callable, schedule: Schedule, noise: Tensor, times: Sequence[int], randn: Callable[[], Tensor], **cond
 ) -> Iterator[Tensor]:
-    """Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1), and its repetition: add fresh noise for the next time, predict again.
+    """Eq. 19 at the first of `times`; then, for each of the others, fresh noise (Eq. 1) and Eq. 19 again.
 
     Yields x̂_0 after each step, so that a caller can draw the way; the last one is the sample. `randn` returns fresh
     noise of the shape of `noise` at each call.

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, save, unet
+from conftest import one_line, python, save, unet
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 
@@ -18,9 +18,13 @@ from toy import features
 from toy.mlp import PointMLP
 
 
-@pytest.mark.parametrize("conditioning", ["time", "embedding"])
-def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, tmp_path, call):
-    """A quarter of `make`'s steps. DDIM is at W2 = 1.0 with 1 step and at 0.27 with 4; two sets of data are at 0.1."""
+@pytest.mark.parametrize(
+    ("conditioning", "map_error", "one_step", "four_steps"),
+    [("time", 0.06, 0.18, 0.16), ("embedding", 0.16, 0.27, 0.17)],
+)
+def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, map_error, one_step, four_steps, tmp_path, call):
+    """Less than half of `make`'s steps. Reached over three seeds: map errors 0.044 and 0.124, W2 of one step 0.154 and
+    0.224, of four 0.141 and 0.145. W2 is 0.127 between two such samples of the data, and 1.0 for DDIM in one step."""
     teacher_flags = ["--data", "toy:8gaussians", "--output_dir", tmp_path / "teacher", "--max_train_steps", 1500]
     assert call(teacher.main, *teacher_flags)[0] == 0
     flags = ["--output_dir", tmp_path, "--max_train_steps", 800, "--gamma_conditioning", conditioning]
@@ -29,8 +33,8 @@ def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, tmp_path, 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rows = {(row["sampler"], row.get("steps")): row for row in metrics["rows"]}
     assert rows["teacher, DDIM", 1]["W2"] > 0.9
-    assert rows["student", 1]["W2"] < 0.3 and rows["student", 1]["map error"] < 0.3
-    assert rows["student", 4]["W2"] < 0.2
+    assert rows["student", 1]["map error"] < map_error and rows["student", 1]["W2"] < one_step
+    assert rows["student", 4]["W2"] < four_steps
     assert f"{rows['student', 4]['W2']:.4g}" in out and "overview.png" in out
     assert np.asarray(Image.open(tmp_path / "overview.png")).std() > 10
 
@@ -186,6 +190,66 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
     ):
         status, _, err = call(distill.main, "--output_dir", tmp_path / "out", *flags)
         assert status == 2 and words in one_line(err), err
+
+
+@pytest.mark.parametrize(
+    "flag, values",
+    [
+        ("learning_rate", ["nan", "inf", "-1e-3", "fast"]),
+        ("max_grad_norm", ["-1", "nan"]),
+        ("adam_weight_decay", ["inf"]),
+        ("guidance_w", ["nan"]),
+        ("ema_decay", ["nan", "-0.1"]),
+        ("seed", ["-1", "1.5"]),
+        ("checkpoints_total_limit", ["0", "-1"]),
+        ("lr_warmup_steps", ["-1"]),
+    ],
+)
+def test_numbers_that_are_none_end_in_one_line_and_status_2(points, tmp_path, call, flag, values):
+    for value in values:
+        flags = ["--pretrained_teacher_model", points, "--output_dir", tmp_path / "out", f"--{flag}={value}"]
+        status, _, err = call(distill.main, *flags)
+        assert status == 2 and f"--{flag} must be " in one_line(err) and value in err, err
+    assert not list((tmp_path / "out").rglob("checkpoint*"))
+
+
+def test_a_sigma_that_contradicts_the_conditioning_is_warned_of(points, tmp_path, call, caplog):
+    for conditioning, warned in (("time", True), ("embedding", False)):
+        caplog.clear()
+        first_loss(call, points, tmp_path / conditioning, "--sigma", "exact", "--gamma_conditioning", conditioning)
+        assert ("wrong time" in caplog.text) == warned
+
+
+HEAVY = "{'transformers', 'peft', 'webdataset', 'torch_fidelity', 'open_clip'}"
+LOADED = f"assert not (loaded := {HEAVY} & set(sys.modules)), loaded"
+
+
+@pytest.mark.parametrize("name", ["distill", "teacher", "sample", "evaluate"])
+def test_help_waits_for_no_heavy_library(name):
+    """Nor for diffusers, whose import alone takes longer than a person waits for a list of flags."""
+    script = f"""import sys, {name}
+sys.argv = ["{name}.py", "--help"]
+try:
+    {name}.main()
+except SystemExit:
+    {LOADED}
+    assert "diffusers" not in sys.modules"""
+    done = python("-c", script)
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr
+
+
+def test_the_toy_needs_no_heavy_library(tmp_path):
+    flags = f"--output_dir {tmp_path} --max_train_steps 1 --train_batch_size 8 --num_eval_samples 16".split()
+    fit = f"--data toy:8gaussians --output_dir {tmp_path}/teacher --max_train_steps 1".split()
+    script = f"""import sys, distill, teacher
+sys.argv = ["teacher.py", *{fit}]
+teacher.main()
+sys.argv = ["distill.py", *{flags}]
+teacher.PointModel.many_steps = 2
+distill.main()
+{LOADED}"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_output_folder_keeps_one_toy_teacher(tmp_path, call):

@@ -213,6 +213,23 @@ def test_the_markov_coupling_takes_the_ancestral_steps_of_diffusers():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_an_edited_source_never_meets_an_old_result(job, tmp_path, monkeypatch):
+    """The key of a finished student changes with any source that made it, and with the file of any function it uses."""
+    source, script = tmp_path / "splam.py", tmp_path / "ablation.py"
+    source.write_text("k = 1")
+    script.write_text("def late(*arguments):\n    return 1")
+    monkeypatch.setattr(toy.laboratory, "SOURCES", [*toy.laboratory.SOURCES, source])
+    monkeypatch.syspath_prepend(tmp_path)
+    ablation = importlib.import_module("ablation")
+    ablated, keys = job._replace(variant=Variant(parts={"draw": ablation.late})), []
+    for file, text in ((source, "k = 1"), (source, "k = 2"), (script, "def late(*arguments):\n    return 2")):
+        file.write_text(text)
+        keys.append([toy.laboratory.key(job), toy.laboratory.key(ablated), toy.laboratory.teacher_key(job)])
+    first, other_source, other_script = keys
+    assert not set(first) & set(other_source)  # nothing that was made by other code is taken, a teacher neither
+    assert other_source[0] == other_script[0] and other_source[1] != other_script[1]  # only what uses the script
+
+
 def test_bad_flags_end_in_one_line_and_status_2(call):
     for flags, words in (
         (["--seeds", 1], "--seeds must be 2 or more"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import unet
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -363,6 +364,53 @@ def test_a_bfloat16_point_costs_the_schedule_no_precision(ode, sigma, case):
         assert torch.equal(part, expected)
 
 
+@pytest.mark.parametrize(
+    "wrong", [("SL", "approx"), ("lcm", "approx"), ("sl", "aprox"), ("dl", "Exact"), ("", "approx"), ("sl", None)]
+)
+def test_a_misspelt_option_is_an_error(wrong):
+    """A line that is no known one must not silently be another."""
+    x, t = torch.zeros(1, 2), torch.tensor([99])
+    with pytest.raises(ValueError, match="is none of"):
+        sub_path_point(x, x, t, t - 20, torch.ones(1), SD, *wrong)
+    for options in ({"ode": "LCM"}, {"metric": "l1"}, {"sigma_form": "aprox"}):
+        with pytest.raises(ValueError, match=next(iter(options.values()))):
+            loss_and_gradients(**{"ode": "sl", **options})
+    with pytest.raises(ValueError, match="gamma"):
+        ConsistencyFunction(network(), SD, "epsilon", "gamma")
+
+
+@given(sub_paths())
+def test_eq_25_is_never_negative_and_zero_at_both_ends(case):
+    """The linear σ is the larger one: variances add up to less than deviations do."""
+    for gamma in (0.0, 0.25, 0.5, 0.75, 1.0):
+        approx, exact = (case.point("sl", sigma, gamma).sigma for sigma in SIGMAS)
+        assert (approx >= exact * (1 - 1e-5)).all()
+        if gamma in (0, 1):
+            close(approx, exact)
+
+
+@pytest.mark.parametrize("t, s", SD_PATHS)
+def test_eq_25_is_positive_inside(t, s):
+    ends = torch.zeros(9, 2), torch.zeros(9, 2), torch.full((9,), t), torch.full((9,), s)
+    gamma = torch.linspace(0.1, 0.9, 9)
+    approx, exact = (sub_path_point(*ends, gamma, SD, "sl", sigma).sigma for sigma in SIGMAS)
+    assert (approx > exact * 1.001).all()
+
+
+@each_sigma
+@pytest.mark.parametrize("k", [20, 100])
+def test_a_sub_path_ends_where_the_next_one_starts(k, sigma):
+    """γ = 0, divided by the drift, is γ = 1 of the sub-path that starts at s: point, signal and noise."""
+    x_t, x_s, x_next = torch.randn(3, 5, 2, generator=seeded(0))
+    t = torch.tensor([999, 799, 599, 399, 219])
+    s, zero, one = t - k, torch.zeros(5), torch.ones(5)
+    r = rows(SD.alpha[t] / SD.alpha[s], x_t)
+    end = sub_path_point(x_t, x_s, t, s, zero, SD, "sl", sigma)
+    start = sub_path_point(x_s, x_next, s, s - k, one, SD, "sl", sigma)
+    for a, b in zip(end, start, strict=True):
+        close(a / r, b)
+
+
 # -- Section 4.2.2: the student ---------------------------------------------------------------------------------------
 
 
@@ -457,6 +505,48 @@ def test_copies_of_a_student_see_their_own_gamma():
     assert sees_gamma(copied) and sees_gamma(loaded)
 
 
+@given(seeds, st.sampled_from(PREDICTION_TYPES), st.sampled_from([None, "time", "embedding"]))
+def test_at_time_0_the_student_is_the_identity(seed, prediction_type, conditioning):
+    """Eq. 5: F(x, 0) = x to the bit, whatever the network says."""
+    student = student_of(network(seed % 1000), conditioning, SD, prediction_type)
+    x = 3 * torch.randn(8, 2, generator=seeded(seed))
+    assert torch.equal(student(x, torch.zeros(8, dtype=torch.long)), x)
+    assert not torch.equal(student(x, torch.ones(8, dtype=torch.long)), x)  # and at no other time
+
+
+@pytest.mark.parametrize("t, s", SD_PATHS[1:])
+@each_prediction_type
+def test_with_time_conditioning_the_end_of_a_sub_path_is_an_ordinary_point(prediction_type, t, s):
+    """At γ = 0 the denoiser sees (x_s, s), though its input is r x_s and its sub-path starts at t."""
+    student, x_s = student_of(network(), "time", SD, prediction_type), torch.randn(8, 2, generator=seeded(0))
+    t, s, zero = torch.full((8,), t), torch.full((8,), s), torch.zeros(8)
+    point = sub_path_point(torch.zeros(8, 2), x_s, t, s, zero, SD, "sl", "approx")
+    denoised = []
+    for prediction, x, time in ((student(point.x, t, zero, point), point.x, t), (student(x_s, s), x_s, s)):
+        c_skip, c_out = splam.boundary(time, 2)
+        denoised.append((prediction - c_skip * x) / c_out)
+    close(*denoised, 1e-3)
+
+
+def test_after_training_the_projection_of_gamma_can_be_dropped():
+    """What was learnt at γ < 1 has changed W, and F at γ = 1 is the same without it, to the bit."""
+    student, target, _, denoise, x0, _ = algorithm_1()
+    optimizer, before = torch.optim.AdamW(student.parameters(), lr=1e-2), copy.deepcopy(student.state_dict())
+    for step in range(5):
+        loss = splad_loss(
+            student, target, denoise, SD, x0, {}, splam.draw((64, 2), 1000, 50, seeded(step)), k=100, solver_step=20
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    projection = "network.time_embedding.projection.weight"
+    assert (student.state_dict()[projection] - before[projection]).abs().max() > 1e-3
+    plain = network(9)
+    plain.load_state_dict(student.plain_state_dict())
+    x, t = torch.randn(4, 2, generator=seeded(0)), torch.tensor([19, 399, 699, 999])
+    assert torch.equal(ConsistencyFunction(plain, SD, "epsilon")(x, t), student(x, t))
+
+
 @each_conditioning
 def test_finished_student_has_the_teachers_weights_by_name(conditioning):
     teacher = network()
@@ -518,6 +608,8 @@ def test_distances(scale, seed):
     d, c = a.double() - b.double(), 1e-3
     torch.testing.assert_close(splam.distance(a, b, "l2").double().mean(), (d**2).mean(), rtol=1e-5, atol=0)
     huber = ((d**2 + c**2) ** 0.5 - c).mean()
+    assert splam.distance(a, b, "l2").shape == (5,)  # a number for each sample, which a weight could multiply
+    torch.testing.assert_close(splam.distance(a, b, "l2")[:2], splam.distance(a[:2], b[:2], "l2"))
     torch.testing.assert_close(splam.distance(a, b, "huber").double().mean(), huber, rtol=1e-4, atol=2e-10)
 
 
@@ -613,6 +705,39 @@ def test_gamma_1_is_lcm_for_both_odes_to_the_bit():
         loss, (same, *_) = loss_and_gradients(ode, at_1)
         assert torch.equal(loss, lcm) and all(map(torch.equal, same, gradients))
     assert len({loss_and_gradients(ode)[0].item() for ode in ("lcm", "sl", "dl")}) == 3
+
+
+def test_the_last_sub_path_ends_at_time_0_where_the_target_is_the_point_itself():
+    """Note 6. A student that answers 0 has the loss x̂_s², and x̂_s is known, for the teacher knows x_0 and ε."""
+    target, draws = student_of(network(2), "time"), splam.draw((64, 2), 1000, 50, seeded(0))
+    draws = draws._replace(t=torch.tensor([19, 39, 59, 99]).repeat(16))
+    x0 = torch.randn(64, 2, generator=seeded(1))
+
+    def zero(x, t, gamma=None, point=None):
+        return torch.zeros_like(x)
+
+    loss = splad_loss(zero, target, lambda x, t: (x0, draws.noise), SD, x0, {}, draws, k=100, solver_step=20)
+    end = SD.alpha[0] * x0 + SD.sigma[0] * draws.noise
+    torch.testing.assert_close(loss, end.square().mean(), rtol=1e-5, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    """With several γ for one sub-path: what is computed a second time must see the γ of its own pass, not the last."""
+
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        network = unet()
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        student = student_of(network.train(), "embedding")
+        draws, x0 = splam.draw((2, 3, 8, 8), 1000, 50, seeded(0), 2), torch.randn(2, 3, 8, 8, generator=seeded(1))
+        splad_loss(student, lambda x, t: x, lambda x, t: (x, x), SD, x0, {}, draws, k=20, solver_step=20).backward()
+        return {name: parameter.grad for name, parameter in student.named_parameters()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain["network.time_embedding.projection.weight"].abs().max() > 1e-4
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, checkpointed[name], rtol=1e-4, atol=1e-7)
 
 
 @each_conditioning

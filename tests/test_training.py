@@ -121,9 +121,46 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(flags, 
     assert status == 2 and "k was 100 and is 200" in one_line(err)
     status, _, err = call(distill.main, *again, tmp_path / "teacher")
     assert status == 2 and "not a checkpoint" in one_line(err)
-    status, _, err = call(distill.main, *flags, "--output_dir", out)
+    status, _, err = call(distill.main, *flags, "--output_dir", out, "--seed", 1)
     assert status == 2 and "holds checkpoint-6 of an earlier run" in one_line(err)
+    assert "--resume_from_checkpoint latest" in err and "--overwrite" in err  # both ways out
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_twice_makes_its_results_again_and_overwrite_trains_anew(flags, tmp_path, call, caplog):
+    """A finished run of the same flags is nothing to refuse; of other flags it is; --overwrite forgets it."""
+    out = tmp_path / "out"
+    assert call(distill.main, *flags, "--output_dir", out)[0] == 0
+    first, trained = everything(out), (out / "metrics.jsonl").read_text()
+    (out / "metrics.json").unlink()
+    status, text, err = call(distill.main, *flags, "--output_dir", out)
+    assert status == 0 and "--overwrite" in caplog.text and (out / "metrics.json").is_file(), err
+    assert (out / "metrics.jsonl").read_text() == trained  # not a step was made
+    assert call(distill.main, *flags, "--output_dir", out, "--seed", 1, "--overwrite")[0] == 0
+    assert len(losses(out)) == 6 and losses(out) != [json.loads(line)["loss"] for line in trained.splitlines()]
+    assert not torch.equal(everything(out)["s.last.weight"], first["s.last.weight"])
+
+
+def test_the_default_folder_is_named_after_teacher_and_method(flags, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method in ("sl", "lcm"):
+        status, text, err = call(distill.main, *flags, "--ode", method)
+        assert status == 0 and f"runs/teacher-{method}/overview.png" in text, err
+
+
+def test_the_saved_student_is_the_average_and_the_average_is_that_of_the_online_network(flags, tmp_path, call):
+    """Eq. 6's θ⁻: μ θ⁻ + (1 - μ) θ after each step, from the teacher's weights on; and it is what is exported."""
+    out, mu = tmp_path / "out", 0.5
+    more = ["--gamma_conditioning", "time", "--checkpointing_steps", 1, "--checkpoints_total_limit", 9]
+    assert call(distill.main, *flags, *more, "--output_dir", out)[0] == 0
+    average = load_file(tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors")
+    for path in training.checkpoints(out):
+        online, target = load_file(path / "model.safetensors"), load_file(path / "target.safetensors")
+        for name in average:
+            average[name] = mu * average[name] + (1 - mu) * online[f"network.{name}"]
+            torch.testing.assert_close(average[name], target[f"network.{name}"], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(weight, target[f"network.{name}"]) for name, weight in student(out).items())
+    assert not torch.equal(student(out)["last.weight"], online["network.last.weight"])
 
 
 class Evil:
