@@ -16,25 +16,21 @@ import logging
 import math
 import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import default_timer, repeat
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import training
 from data import BadInput, centre_square, program, read_prompts, reference_set, refuse, to_range, writable_folder
 from sample import add_arguments, n_steps, overview, preview, read_png, sample_batches, sample_to_folder, to_pixels
 from teacher import DiffusionModel, load
-
-log = logging.getLogger("evaluate")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
@@ -48,17 +44,23 @@ log = logging.getLogger("evaluate")
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """Exact W2 of two equally large sets of points (n, d), in data units: the best pairing's root mean square
-    distance."""
+    distance.
+
+    For sets of one size, moving one distribution onto the other at least cost is an assignment problem, which scipy
+    solves exactly. So there is no regularization to choose, and no error but that of the finite samples.
+    """
     from scipy.optimize import linear_sum_assignment
 
+    # float64: cdist takes the difference of large squares, which float32 would round away for close points.
     cost = torch.cdist(a.double(), b.double()).square().numpy()
     rows, columns = linear_sum_assignment(cost)
-    return float(np.sqrt(cost[rows, columns].mean()))
+    return math.sqrt(cost[rows, columns].mean())
 
 
 def mmd(a: Tensor, b: Tensor) -> float:
     """RBF maximum mean discrepancy of two sets of points (n, d), averaged over the bandwidths 0.1, 0.3 and 1.
 
+    A kernel average compares a point with all others at once, weighted by exp(-distance²/(2 bandwidth²)).
     W2 asks how far points must be moved, MMD whether kernel averages differ. Where few points are far off, W2 sees it
     first; where densities are slightly wrong everywhere, MMD does.
 
@@ -86,7 +88,7 @@ class PointDistances:
 
     def result(self) -> dict[str, float]:
         samples, self.batches = torch.cat(self.batches), []
-        n = min(len(samples), len(self.reference), 2048)  # the assignment costs n³
+        n = min(len(samples), len(self.reference), 2048)  # the assignment's time grows with n³
         reference = self.reference[:n]
         return {"W2": wasserstein2(samples[:n], reference), "MMD": mmd(samples[:n], reference)}
 
@@ -107,45 +109,45 @@ class ImageFeatures:
             if network == "inception":
                 from torch_fidelity.utils import create_feature_extractor
 
-                cuda = device.type == "cuda"
-                self.network = create_feature_extractor("inception-v3-compat", ["2048"], cuda=cuda, verbose=False)
+                # The weights of the published FIDs, and the pooled features of 2048 numbers.
+                options = {"cuda": device.type == "cuda", "verbose": False}
+                self.network = create_feature_extractor("inception-v3-compat", ["2048"], **options)
             else:
                 self.network = torch.export.load(network, extra_files=names).module().to(device)
         except Exception as error:  # a missing file, no network, or a file of another kind, each with its own type
-            raise _cannot_load("feature extractor", network, error) from error
+            raise BadInput(f"cannot load the feature extractor {network}: {error}".splitlines()[0]) from error
         self.classes: list[str] = json.loads(names["classes"] or "[]")
-        self.features, self.named, self.right = [], 0, 0
-        parts = torch.arange(len(reference)).split(250)
-        for indices in tqdm(parts, desc="reference", unit="batch", leave=False, mininterval=1):
+        # The Fréchet distance looks at mean and covariance only. Those of the reference set are computed once.
+        from torch_fidelity.metric_fid import fid_features_to_statistics
+
+        self.features, self.right = [], []  # what `update` collects
+        for indices in tqdm(torch.arange(len(reference)).split(250), desc="reference", unit="batch", leave=False):
             self.update(reference[indices], [])
-        self.reference = self._statistics()
+        self.reference, self.features = fid_features_to_statistics(torch.cat(self.features)), []
 
     @torch.no_grad()
     def update(self, samples: Tensor, texts: Sequence[str]) -> None:
         """Takes in images and, if they have any, their prompts. A prompt that names no class, or two, is not
-        counted."""
-        for i in range(0, len(samples), 250):
+        counted: it has no right answer, or more than one."""
+        for i in range(0, len(samples), 250):  # by its own size: the sampler's batches may be much larger
             features, *logits = self.network(samples[i : i + 250].to(self.device))
             self.features.append(features.float().cpu())
             for text, row in zip(texts[i : i + 250], logits[0] if self.classes else (), strict=False):
+                # Whole words: "credit" does not name "red".
                 named = [name for name in self.classes if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
-                self.named += len(named) == 1
-                self.right += named == [self.classes[row.argmax()]]
-
-    def _statistics(self) -> dict:
-        from torch_fidelity.metric_fid import fid_features_to_statistics
-
-        features, self.features = torch.cat(self.features), []
-        return fid_features_to_statistics(features)
+                if len(named) == 1:
+                    self.right.append(named[0] == self.classes[row.argmax()])
 
     def result(self) -> dict[str, float]:
-        from torch_fidelity.metric_fid import fid_statistics_to_metric
+        """|μ_a - μ_b|² + tr(A + B - 2 √(A B)) of the two sets' means and covariances, in features squared."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-        metric = fid_statistics_to_metric(self._statistics(), self.reference, verbose=False)
+        statistics = fid_features_to_statistics(torch.cat(self.features))
+        metric = fid_statistics_to_metric(statistics, self.reference, verbose=False)
         values = {self.distance: metric["frechet_inception_distance"]}
-        if self.named:
-            values["prompt accuracy"] = self.right / self.named
-        self.named = self.right = 0
+        if self.right:
+            values["prompt accuracy"] = sum(self.right) / len(self.right)
+        self.features, self.right = [], []
         return values
 
 
@@ -160,17 +162,16 @@ class ClipScore:
         try:
             import open_clip
 
-            options = {"pretrained": weights, "device": device}
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, **options)
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, weights, device=device)
             self.tokenize = open_clip.get_tokenizer(architecture)
         except Exception as error:  # an unknown name, no network, a broken file
-            raise _cannot_load("CLIP model", model, error) from error
+            raise BadInput(f"cannot load the CLIP model {model}: {error}".splitlines()[0]) from error
         self.model.eval()
 
     @torch.no_grad()
     def update(self, samples: Tensor, texts: Sequence[str]) -> None:
         """Takes in uint8 images (B, 3, H, W) and their prompts."""
-        for i in range(0, len(texts), 50):
+        for i in range(0, len(texts), 50):  # few at a time: CLIP's networks are larger than Inception
             images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in samples[i : i + 50])
             image = self.model.encode_image(torch.stack([self.preprocess(x) for x in images]).to(self.device))
             text = self.model.encode_text(self.tokenize(texts[i : i + 50]).to(self.device))
@@ -181,18 +182,14 @@ class ClipScore:
         return {"CLIP": torch.cat(cosines).mean().item()} if cosines else {}
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> BadInput:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return BadInput(f"cannot load the {what} {name}: {reason}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What samples are measured against, and by what
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def measures_for(model: DiffusionModel, reference: Sequence, features: str, clip_model: str | None) -> list:
-    """The measures for samples of this model."""
+    """The measures for samples of this model. A model of points needs no network to see them with; a CLIP score needs
+    prompts that say something."""
     refuse(clip_model and not model.default_prompts, "--clip_model is for models that are prompted by texts")
     if len(model.shape) == 1:
         return [PointDistances(reference)]
@@ -205,7 +202,7 @@ def spread(length: int, n: int) -> Tensor:
     return torch.linspace(0, length - 1, min(length, n)).long()
 
 
-@dataclass
+@dataclass(eq=False)  # compared, and hashed, by identity: caches are keyed by one
 class Evaluation:
     """What samplers have in common when they are compared: the data, the measures, and the seeds of their noises."""
 
@@ -232,6 +229,8 @@ class Evaluation:
     def update(self, samples: Tensor, texts: Sequence[str] = ()) -> None:
         """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8
         images)."""
+        # Samples are rounded to 8 bits first, as files are. Otherwise the features' network would see a difference
+        # between samples and data that nobody can see in a picture.
         if samples.ndim == 4 and samples.is_floating_point():
             pixels = to_pixels(samples)
             samples = torch.stack([centre_square(Image.fromarray(x), self.resolution) for x in pixels])
@@ -257,28 +256,26 @@ class Evaluation:
         With `samples_dir` images are kept there as files, and found there again. Then a first batch is made once more,
         to be timed.
         """
+        # Guidance calls the network twice a step, with the condition and without.
         size, seeds, evaluations = self.batch_size, self.seeds, steps * (2 if w else 1)
         parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         network = evaluations * network_seconds(model, size, self.mixed_precision) / size
-        timed, options = parts[0] if samples_dir else seeds, {"w": w, "prompts": self.prompts}
-        options |= {"batch_size": size, "mixed_precision": self.mixed_precision}
-        batches = made = sample_batches(model, timed, steps, **options)
+        options = {"w": w, "prompts": self.prompts, "batch_size": size, "mixed_precision": self.mixed_precision}
         if samples_dir:
             folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
             sample_to_folder(model, seeds, folder, steps, **options)
-            batches = (torch.stack([read_png(folder, seed) for seed in part]) for part in parts)
-        # sample_batches is lazy: a batch is made when the loop asks for it. So the clock runs between two batches, and
-        # stands while they are measured.
-        kept, seconds, begin = [], 0.0, time.perf_counter()
-        for part, x in zip(parts, batches, strict=True):
-            seconds += time.perf_counter() - begin
+        timed = parts[0] if samples_dir else seeds
+        batches, kept, seconds = sample_batches(model, timed, steps, **options), [], 0.0
+        for part in parts:
+            # sample_batches makes a batch when it is asked for it. So this is the time of sampling, without measuring.
+            begin = default_timer()
+            x = next(batches, None)
+            seconds += default_timer() - begin
+            if samples_dir:
+                x = torch.stack([read_png(folder, seed) for seed in part])
             self.update(x, [self.texts[s % len(self.texts)] for s in part if self.texts])
-            if not kept or (len(kept) + 1) * x.numel() <= 2**28:
+            if not kept or (len(kept) + 1) * x.numel() <= 2**28:  # in float32, 2**28 numbers are 1 GiB
                 kept.append(x)
-            begin = time.perf_counter()
-        if samples_dir:
-            list(made)
-            seconds = time.perf_counter() - begin
         times = {"ms/sample": 1000 * seconds / len(timed), "network": 1000 * network}
         return torch.cat(kept), {"evaluations": evaluations, **self.results(), **times}
 
@@ -303,21 +300,20 @@ def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str
     Sampling cannot be faster than its network calls. What a sampler takes beyond them is overhead: the VAE, the
     solver's arithmetic, Python.
     """
-    seconds, labels = [], model.labels([])
+    # Input of the network's own precision, at the first time of sampling. What the values are does not matter.
+    labels = model.labels([])
     x = torch.randn(batch_size, *model.shape, device=model.device, dtype=next(model.network.parameters()).dtype)
     cond = model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device))
     t = torch.full((batch_size,), len(model.schedule) - 1, device=model.device)
+
+    def call() -> None:
+        model.network(x, t, **cond).sample.sum().item()  # to read a number is to wait for a GPU
+
     with training.autocast(model.device, mixed_precision):
-        for _ in range(4):
-            begin = time.perf_counter()
-            model.network(x, t, **cond).sample.sum().item()  # to read a number is to wait for a GPU
-            seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+        return min(repeat(call, number=1, repeat=4)[1:])
 
 
-def compare(
-    evaluation: Evaluation, students: dict[str, DiffusionModel], steps, teacher_steps, w: float, samples_dir=None
-) -> Comparison:
+def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: float, samples_dir=None) -> Comparison:
     """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same
     noises.
 
@@ -326,33 +322,34 @@ def compare(
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
+    # A data set's files are sorted by class, so that its first samples would all be of one.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
     shown = reference[order[: preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
     try:
         rows.append({"sampler": "held-out data", **evaluation.held_out_data()})
-    except BadInput as error:
-        log.warning("no row of held-out data: %s", error)
+    except BadInput as error:  # many folders of images have no split to be held out; the rest of the table can be made
+        logging.getLogger("evaluate").warning("no row of held-out data: %s", error)
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
     for name, model, n, guidance in plan:
         x, values = evaluation.sampler(model, n, guidance, samples_dir)
-        row = {"sampler": name, "steps": n, **values}
+        rows.append({"sampler": name, "steps": n, **values})
         # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
         elif endpoint is not None and (model is teacher or n == 1):
-            row["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
+            rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
         samples[f"{name}, {n_steps(n)}"] = x
-        rows.append(row)
-    against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
-    names = ", ".join(measure.name for measure in evaluation.measures)
     count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
-    return Comparison(rows, samples, f"{count}, against {against}, {names}")
+    against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
+    names = [measure.name for measure in evaluation.measures]
+    return Comparison(rows, samples, f"{count}, against {', '.join([against, *names])}")
 
 
 def print_rows(rows: Sequence[dict]) -> None:
     """A line for each row, under the names of all columns."""
+    # A dict keeps the order of its keys: columns appear as they first do in the rows, which need not all have them.
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns]
     for row in rows:
@@ -364,15 +361,14 @@ def print_rows(rows: Sequence[dict]) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
+    """The table, and below it what one must know to compare it with another."""
     print_rows(comparison.rows)
     print(f"{comparison.reference}; {machine()}")
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    """What the numbers were measured on: seconds mean nothing without it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
 # Published protocols, as command lines that are read before what was typed. --data is then the folder of the whole
@@ -391,30 +387,27 @@ def table(args: argparse.Namespace) -> None:
     What is not given on the command line is read from the metrics.json that distill.py left there: the teacher, the
     data, and the guidance scale that the student has in its weights.
     """
-    missing = args.protocol and not args.prompts
-    refuse(missing, f"--protocol {args.protocol} needs its captions: --prompts FILE, one a line")
+    refuse(args.protocol and not args.prompts, "a --protocol needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = json.loads(record.read_text())["configuration"] if record.is_file() else {}
     for name in ("pretrained_teacher_model", "data", "guidance_w"):
         if getattr(args, name) is None:
-            unknown = name not in trained_with
-            refuse(unknown, f"{record} does not say with which --{name} the student was distilled; please give it")
+            refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
-    device = training.process().device
-    students, teacher = {name: load(name).to(device) for name in args.students}, load(args.pretrained_teacher_model)
-    if len(students) == 1:
-        students = {"student": students[args.students[0]]}
+    # Of several students each is named by its folder, or the rows could not be told apart.
+    device, alone = training.process().device, len(args.students) == 1
+    students = {"student" if alone else name: load(name).to(device) for name in args.students}
+    teacher = load(args.pretrained_teacher_model).to(device)
     same = "data num_samples split features clip_model resolution seed batch_size mixed_precision".split()
-    flags = {name: getattr(args, name) for name in same}
-    evaluation = Evaluation(teacher.to(device), prompts=read_prompts(args.prompts), **flags)
+    options = {name: getattr(args, name) for name in same}
+    evaluation = Evaluation(teacher, prompts=read_prompts(args.prompts), **options)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
-    print_comparison(comparison)
-    writable_folder(folder)
+    print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
+    writable_folder(folder)  # a student with a hub id has no folder yet
     overview(teacher, comparison.samples, trained_with.get("k", 100)).save(folder / "evaluation.png")
-    flags = {name: value for name, value in vars(args).items() if name != "run"}
-    result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": flags}
+    result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2))
     print(f"{folder}/evaluation.png  {folder}/evaluation.json")
 
@@ -425,24 +418,22 @@ def table(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def approximated_errors(
-    model: DiffusionModel, x0: Tensor, cond: dict[str, Tensor], noise: Tensor, times: list[int], w: float
-) -> Tensor:
+def approximated_errors(model: DiffusionModel, x0: Tensor, cond: dict, noise: Tensor, times: list, w: float) -> Tensor:
     """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves, by t.
 
     A consistency function would have 0 everywhere. The paper adds these errors up along a trajectory to bound the
     error of the whole, which is why it wants each to be small. Neighbours on a trajectory are simulated as for its
     figure: the same noise on the same x_0. (toy/fig2c_error.py takes true neighbours.)
     """
-    squares, before = [], None
-    for n in times:
-        t = torch.full((len(x0),), n, device=x0.device)
-        alpha, sigma = model.schedule.at(t, x0.ndim)
-        denoised, _ = model.predict(alpha * x0 + sigma * noise, t, cond, w)
-        if before is not None:
-            squares.append((before - denoised).square().mean().cpu())
-        before = denoised
-    return torch.stack(squares)
+
+    # A generator, so that only two predictions are in memory: the one for t and that for its neighbour.
+    def predictions() -> Iterator[Tensor]:
+        for time_step in times:
+            t = torch.full((len(x0),), time_step, device=x0.device)
+            alpha, sigma = model.schedule.at(t, x0.ndim)
+            yield model.predict(alpha * x0 + sigma * noise, t, cond, w)[0]
+
+    return torch.stack([(a - b).square().mean().cpu() for a, b in itertools.pairwise(predictions())])
 
 
 def error(args: argparse.Namespace) -> None:
@@ -450,33 +441,32 @@ def error(args: argparse.Namespace) -> None:
     noise."""
     from toy import plots
 
-    out, device = Path(args.out), training.process().device
+    out, device, size = Path(args.out), training.process().device, args.batch_size or 100
     writable_folder(out.parent)
     models = [load(name).to(device) for name in args.models]
     args.data = args.data or models[0].default_data
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
-    times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as the paper
+    times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as in the paper's figure
     refuse(len(times) < 2, f"--interval {args.interval} leaves no neighbours")
-    size = args.batch_size or 100
-    count, curves = math.ceil(args.num_samples / size), {model.name: 0 for model in models}
+    count, means = math.ceil(args.num_samples / size), {model.name: 0 for model in models}
     batches = training.stream_batches(models[0].dataset(args), 0, batch_size=size, seed=args.seed)
-    for i, (data, label) in enumerate(tqdm(itertools.islice(batches, count), total=count, unit="batch", leave=False)):
+    for i, (data, label) in zip(trange(count, unit="batch", leave=False), batches, strict=False):
         x0, _ = models[0].prepare(data.to(device), label.to(device))
+        # A CPU's generator, with a seed for each batch: the same noise on every device and for every model.
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
         for model in models:
-            w = 0.0 if model.is_student else args.guidance_w
+            w = 0.0 if model.is_student else args.guidance_w  # a student's guidance is in its weights
             with training.autocast(device, args.mixed_precision):
                 cond = model.condition(label.to(device))
-                squares = approximated_errors(model, x0, cond, noise, times, w)
-            curves[model.name] += squares / count
-    curves = {name: squares.sqrt().tolist() for name, squares in curves.items()}
+                means[model.name] += approximated_errors(model, x0, cond, noise, times, w) / count
+    times = times[:-1]  # an error belongs to the noisier of two neighbours
+    curves = {name: squares.sqrt().tolist() for name, squares in means.items()}
     label = f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})"
-    lines = {name: (times[:-1], values, None) for name, values in curves.items()}
+    lines = {name: (times, values, None) for name, values in curves.items()}
     plots.curves(plots.Panel("approximated error", "t", label, lines)).save(out)
-    out.with_suffix(".json").write_text(json.dumps({"t": times[:-1], **curves}))
-    width = max(map(len, curves))
-    for name, values in {"t": times[:-1], **curves}.items():
-        print(name.ljust(width), *(f"{value:8.4g}" for value in values[:: math.ceil(len(values) / 8)]))
+    out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
+    shown = range(0, len(times), math.ceil(len(times) / 8))  # at most eight columns
+    print_rows([{"model": name, **{f"t={times[i]}": values[i] for i in shown}} for name, values in curves.items()])
     print(f"{count * size} samples of {args.data}; {machine()}; {out}")
 
 
@@ -491,43 +481,42 @@ def parser() -> training.Parser:
     programs = p.add_subparsers(required=True, metavar="table|error")
     t = programs.add_parser("table", help="compare students with their teacher", formatter_class=training.Help)
     t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
-    t.add_argument("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
-    t.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
-    teacher_steps_help = "of DDIM (default: 1, 2, 4 and 50, or 1000 for points; none given: no teacher)"
-    t.add_argument("--teacher_steps", type=int, nargs="*", help=teacher_steps_help)
-    t.add_argument("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
-    t.add_argument("--guidance_w", type=training.finite, help="of the teacher (default: as it was distilled with)")
-    t.add_argument("--data", help="the reference set (default: what the first student was distilled with)")
-    t.add_argument("--split", default="train", help="of the data, the reference set")
-    t.add_argument("--protocol", choices=PROTOCOLS, help="a published one, printed below")
-    t.add_argument("--features", default="inception", help='"inception", or a file of toy/features.py')
-    t.add_argument("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
-    t.add_argument("--resolution", type=training.positive, help="of all images (default: the model's own)")
-    t.add_argument("--num_samples", type=training.positive, default=5000, help="a row")
-    t.add_argument("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
-    t.set_defaults(run=table)
+    flag = t.add_argument
+    flag("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
+    flag("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
+    # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
+    flag("--teacher_steps", type=int, nargs="*", help="of DDIM (default: 1, 2, 4 and 50, or 1000 for points); or none")
+    flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
+    flag("--guidance_w", type=training.finite, help="of the teacher (default: as it was distilled with)")
+    flag("--data", help="the reference set (default: what the first student was distilled with)")
+    flag("--split", default="train", help="of the data, the reference set")
+    flag("--protocol", choices=PROTOCOLS, help="a published one, printed below")
+    flag("--features", default="inception", help='"inception", or a file of toy/features.py')
+    flag("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
+    flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
+    flag("--num_samples", type=training.positive, default=5000, help="a row")
+    flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
+    add_arguments(t)
     e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)", formatter_class=training.Help)
-    e.add_argument("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
-    e.add_argument(
-        "--interval", type=training.positive, default=20, help="between neighbours, in time steps; paper: 20"
-    )
-    e.add_argument("--guidance_w", type=training.finite, default=0.0, help="of the teachers among the models")
-    e.add_argument("--num_samples", type=training.positive, default=1000, help="paper: 1000")
-    e.add_argument("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
-    e.set_defaults(run=error)
+    flag = e.add_argument
+    flag("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
+    flag("--interval", type=training.positive, default=20, help="between neighbours, in time steps; paper: 20")
+    flag("--guidance_w", type=training.finite, default=0.0, help="of the teachers among the models")
+    flag("--num_samples", type=training.positive, default=1000, help="paper: 1000")
+    flag("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
     training.add_data_arguments(e)
-    for program_parser in (t, e):
-        add_arguments(program_parser)
+    add_arguments(e)
     return p
 
 
 @program
 def main() -> None:
+    """Reads a protocol's flags between the name of the program and what was typed, which so has the last word."""
     typed = sys.argv[1:]
-    first, _ = parser().parse_known_args(typed)  # for --protocol, which is then read before the other flags
+    first, _ = parser().parse_known_args(typed)  # a first look, for --protocol
     protocol = PROTOCOLS.get(getattr(first, "protocol", None), "").split()
     args = parser().parse_args([typed[0], *protocol, *typed[1:]])
-    args.run(args)
+    {"table": table, "error": error}[typed[0]](args)
 
 
 if __name__ == "__main__":
