@@ -42,7 +42,8 @@ STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes are command lines. The program reads, one after the other, the recipe of the teacher's kind, the preset if one
-# is named, and what was typed; the later word counts. What none of them mentions has the default of its flag.
+# is named, and what was typed; a later value of a flag replaces an earlier one. What none of them mentions has the
+# default of its flag.
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = {
@@ -57,7 +58,8 @@ RECIPES = {
     "text-to-image": "--max_train_steps 6000 --train_batch_size 16 --learning_rate 8e-6"
     " --mixed_precision bf16 --validation_steps 500",
 }
-# Section 5.1 of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs; no warm-up is mentioned.
+# Section 5.1 of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs (with fewer, raise
+# --gradient_accumulation_steps); no warm-up is mentioned.
 PAPER = (
     " --gamma_conditioning embedding --solver_step 20 --ema_decay 0.95 --train_batch_size 64 --learning_rate 8e-6"
     " --lr_scheduler constant --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10"
@@ -88,10 +90,11 @@ def parser() -> training.Parser:
     training.add_data_arguments(p)
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
-    # Long sub-paths pass errors on from time to time less often. Solved in five steps, they are accurate enough.
+    # The longer the sub-paths, the fewer lie between noise and data, and each passes its error on to the one before.
+    # Solved in five steps, those of k = 100 are accurate enough.
     flag("--k", type=training.positive, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
     flag("--solver_step", type=training.positive, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
-    # LCM's grid. Its spacing of 20 divides k, so that sub-paths end at times where others start.
+    # LCM's grid. Its spacing of 20 divides k = 100, so that sub-paths end at times where others start (or at 0).
     flag("--num_ddim_timesteps", type=training.positive, default=50, help="times where sub-paths start; paper: 50")
     w_help = "w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
     flag("--guidance_w", type=training.finite, default=0.0, help=w_help)
@@ -101,8 +104,8 @@ def parser() -> training.Parser:
     gamma_help = "how the network learns γ: an embedding, or the time of equal noise; paper: embedding"
     flag("--gamma_conditioning", choices=splam.GAMMA_CONDITIONINGS, default="time", help=gamma_help)
     # Not both "exact" and "time": the time of equal noise is computed from σ_γ, and Eq. 24's σ_γ is not that of the
-    # points that a solver makes (splam.py, section 2). An embedding can learn around it; a wrong time cannot be seen.
-    sigma_help = "σ_γ below Eq. 15, or of Eq. 24, which with time conditioning tells a wrong time; paper: approx"
+    # points that a solver makes (splam.py, section 2). toy/README.md has what each combination costs.
+    sigma_help = "σ_γ below Eq. 15, or of Eq. 24, which makes a wrong t' of time conditioning; paper: approx"
     flag("--sigma", choices=splam.SIGMA_FORMS, default="approx", help=sigma_help)
     # Two options of this project. Measured in toy/README.md: the first did not help, the second did.
     flag("--gamma_draws", type=training.positive, default=1, help="γ for each solved sub-path; paper: 1")
@@ -130,18 +133,18 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     """The flags, read as the comment above RECIPES says, and the teacher, whose kind decides on the recipe."""
     p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
     first, _ = p.parse_known_args(typed)  # a first look, for the preset
-    typed = [*PRESETS.get(first.preset, "").split(), *typed]
-    first, _ = p.parse_known_args(typed)  # a second, for the teacher and what is needed to fit one
+    given = [*PRESETS.get(first.preset, "").split(), *typed]
+    first, _ = p.parse_known_args(given)  # a second, for the teacher and what is needed to fit one
     name = first.pretrained_teacher_model
     # The default folder says what is distilled and how, so that different runs do not meet in one.
     short_name = name.partition(":")[2] if name.startswith(POINTS) else Path(name).name
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}"
-    how = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
-    how += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
-    teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", how, first.overwrite)
+    fit_flags = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
+    fit_flags += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
+    teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", fit_flags, first.overwrite)
     p.set_defaults(data=teacher.default_data, output_dir=output_dir)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
-    args = p.parse_args([*RECIPES[teacher.kind].split(), *typed])
+    args = p.parse_args([*RECIPES[teacher.kind].split(), *given])
     check(args, teacher)
     return args, teacher
 
@@ -170,7 +173,8 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1, and where its lines are
+# Algorithm 1, and where its lines are (the numbers are ours). Two defaults of this program are not the paper's: the
+# student is told a time instead of γ, and the learning rate and batch are for small models. A --preset has the paper's.
 #
 #     θ, θ⁻ <- the teacher's weights                                      Distillation.__init__
 #     repeat                                                              Distillation.steps
@@ -206,8 +210,8 @@ class Distillation:
     ):
         # θ <- the teacher's weights, in a trainable copy; with --lora_rank, only the LoRA on them is trainable.
         self.args, self.teacher, self.draw, self.solver = args, teacher, draw, solver
-        # The only random weights of a run are the γ-projection's, made on the next lines. With the seed set here all
-        # processes make the same ones, and so does a repetition of the run.
+        # The random weights of a run are the γ-projection's, and a LoRA's, made on the next lines. With the seed set
+        # here all processes make the same ones, and so does a repetition of the run.
         set_seed(args.seed)
         network = teacher.copy_network(args.lora_rank)
         if args.gradient_checkpointing:
@@ -218,7 +222,7 @@ class Distillation:
         # take part in the gradient's communication.
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
         # The teacher is never trained. So its weights may be kept in the precision in which it computes. The student's
-        # may not: half precision would round an AdamW step of 8e-6 away.
+        # may not: bf16 would round an AdamW step of 8e-6 away, for all but the smallest weights.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
         self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
         # Compiled in place, so that names of weights and the modules around them stay what they are.
@@ -246,20 +250,24 @@ class Distillation:
             for micro_step in range(args.gradient_accumulation_steps):
                 x, label = next(batches)  # line 1, (x_0, c) as the data has them: pixels or points, classes or tokens
                 rows = Draws(*run.rows(draws, micro_step))
-                # accumulate: gradients add up, and are exchanged between processes, at the last micro-batch only.
+                # accumulate: gradients add up over micro-batches, and processes exchange them at the last one only.
                 with accelerator.accumulate(student):
-                    # autocast: the networks' products and convolutions run in --mixed_precision. What surrounds them,
-                    # the schedule, the line and the distance, are other operations, and stay float32.
+                    # autocast: inside the networks, PyTorch runs matrix products and convolutions in
+                    # --mixed_precision. The schedule, the line and the distance are other operations; they stay
+                    # float32.
                     with accelerator.autocast():
                         x0, cond = teacher.prepare(x, label)  # line 2
                         # The teacher as the solver sees it: (x, t) -> (x_0, ε), told the condition, guided by w.
                         denoise = functools.partial(teacher.predict, cond=cond, w=args.guidance_w)
                         # Lines 3 to 6, one after the other, in splam.py.
                         loss = splad_loss(student, target, denoise, schedule, x0, cond, rows, **method)
-                    accelerator.backward(loss)  # line 7, ∇_θ L; outside autocast, as PyTorch asks for
+                    # Line 7, ∇_θ L, outside autocast, as PyTorch asks for. accelerate divides by the number of
+                    # micro-batches, so that their gradients add up to that of the mean.
+                    accelerator.backward(loss)
                     if accelerator.sync_gradients:  # the step's last micro-batch: the gradient is complete
                         accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-                    run.optimizer.step()  # line 7; accelerate lets it do nothing before the last micro-batch
+                    # Line 7, θ. Before the last micro-batch, accelerate lets these two lines do nothing.
+                    run.optimizer.step()
                     run.optimizer.zero_grad()
                 losses.append(loss.detach())
             run.lr_scheduler.step()
@@ -269,7 +277,8 @@ class Distillation:
             yield step, torch.stack(losses).mean()
 
     def student(self) -> DiffusionModel | None:
-        """The few-step model as it is now: the *target's* weights, at γ = 1 and without the γ-projection.
+        """The few-step model as it is now: θ⁻, the *target's* weights, without the γ-projection. An average over the
+        last steps samples better than the weights of any one of them.
 
         Every process must call this, since the weights may be spread over all of them; the main one gets the model.
         """

@@ -8,19 +8,20 @@ rows of a picture show what different models make of the same noise, and an inte
 filled up.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import training
 from data import program, read_prompts, refuse, to_range, to_tensor, writable_folder
-from splam import ConsistencyFunction, few_step_sample, few_step_times, sub_path_point
+from splam import ConsistencyFunction, few_step_sample, few_step_times, multiple_estimation, sub_path_point
 from teacher import DiffusionModel, load
 
 SAMPLERS = ("lcm", "ddim", "dpmsolver++")
@@ -34,7 +35,8 @@ SAMPLERS = ("lcm", "ddim", "dpmsolver++")
 class SeededNoise:
     """Standard normal noise (B, ...), each sample's from a generator of its own; every call continues them.
 
-    The generators are the CPU's, because a GPU's give other numbers for the same seed.
+    The generators are the CPU's, because a GPU's give other numbers for the same seed. One generator for a whole batch
+    would be faster, but then a sample would depend on its neighbours, and on the batch size.
     """
 
     def __init__(self, shape: tuple[int, ...], seeds: Sequence[int], device: torch.device):
@@ -46,10 +48,8 @@ class SeededNoise:
         return torch.stack(noise).to(self.device)
 
 
-def sampler_steps(
-    model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict[str, Tensor], w: float
-) -> Iterator[Tensor]:
-    """One batch's state after each step; the last is the sample.
+def run_sampler(model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict, w: float) -> Tensor:
+    """One batch: from noise at time N-1 to x_0, (B, ...).
 
     "lcm" is the student's sampler, Eq. 19 repeated. "ddim" and "dpmsolver++" are diffusers' solvers of the PF-ODE, fed
     with the guided ε. Two settings matter for a fair comparison with a student: they start at the last time, N-1, where
@@ -60,22 +60,24 @@ def sampler_steps(
     if sampler == "lcm":
         times = few_step_times(steps, len(model.schedule), model.original_inference_steps)
         student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
-        yield from few_step_sample(student, model.schedule, x, times, noise, **cond)
-        return
+        *_, x = few_step_sample(student, model.schedule, x, times, noise, **cond)
+        return x
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    # "epsilon" whatever the network's own type is: model.predict has converted its output already.
     options = {"prediction_type": "epsilon", "timestep_spacing": "trailing", "clip_sample": False}
     solver = kind.from_config(model.scheduler.config, **options)
     solver.set_timesteps(steps, device=x.device)
-    for t in solver.timesteps:
+    for t in solver.timesteps:  # dpmsolver++ is a multistep method: the solver remembers its last x_0
         _, eps = model.predict(x, t.expand(len(x)), cond, w)
         x = solver.step(eps, t, x).prev_sample
-        yield x
+    return x
 
 
 def default_sampler(model: DiffusionModel) -> str:
-    """What it was made for."""
+    """What the model was made for: a student jumps to x_0, with fresh noise between jumps (Eq. 19); a teacher knows the
+    direction of the PF-ODE."""
     return "lcm" if model.is_student else "ddim"
 
 
@@ -91,17 +93,17 @@ def sample_batches(
     sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
     limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
     refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
-    guided = w and sampler == "lcm"
-    refuse(guided, "guidance is for the teacher: what a student was distilled with is in its weights")
+    refuse(w and sampler == "lcm", "guidance is for teachers: what a student was distilled with is in its weights")
     # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
     labels = model.labels(prompts)
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
     for batch in tqdm(batches, desc=f"{sampler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
         label = labels[torch.tensor(batch) % len(labels)].to(model.device)
+        # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
         with training.autocast(model.device, mixed_precision):
             noise, cond = SeededNoise(model.shape, batch, model.device), model.condition(label)
-            *_, last = sampler_steps(model, noise, steps, sampler, cond, w)
-        yield model.decode(last).cpu()
+            x0 = run_sampler(model, noise, steps, sampler, cond, w)
+        yield model.decode(x0).cpu()
 
 
 def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, sampler: str | None = None, **options) -> Tensor:
@@ -110,18 +112,17 @@ def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, sampler: str
 
 
 def png(folder: Path, seed: int) -> Path:
+    """Where the sample of a seed is kept."""
     return folder / f"{seed:06d}.png"
 
 
 def read_png(folder: Path, seed: int) -> Tensor:
-    """A sample that was saved as a picture: (3, H, W) in [-1, 1]."""
+    """A sample that was saved as a picture: (3, H, W) in [-1, 1], of which 256 levels are left in each channel."""
     with Image.open(png(folder, seed)) as image:
         return to_range(to_tensor(image))
 
 
-def sample_to_folder(
-    model: DiffusionModel, seeds: Sequence[int], folder: Path, steps: int, sampler: str | None = None, **options
-) -> None:
+def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sampler=None, **options) -> None:
     """Sample s becomes `folder`/s.png. What an interrupted call has left is kept, and several processes share the work.
 
     samples.json says how the images were made. A folder of images that were made otherwise is refused: a student that
@@ -130,9 +131,10 @@ def sample_to_folder(
     refuse(len(model.shape) == 1, "points are not kept in files")
     state, record = training.process(), writable_folder(folder) / "samples.json"
     sampler = sampler or default_sampler(model)
+    # In float64, and kept to seven digits below: the order of a sum differs between devices, and so do its last digits.
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
-    made.pop("batch_size", None)  # a sample does not depend on it
+    made.pop("batch_size", None)  # a sample does not depend on it, up to the rounding of a batched product
     text = json.dumps(made, indent=2)
     other = record.is_file() and record.read_text() != text
     refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
@@ -141,13 +143,12 @@ def sample_to_folder(
         record.write_text(text)
     # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
     missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
-    done = iter(missing)
-    for batch in sample_batches(model, missing, steps, sampler, **options):
-        for pixels, seed in zip(to_pixels(batch), done, strict=False):
-            draft = png(folder, seed).with_suffix(".tmp")  # renamed when complete: whatever is called .png is whole
-            Image.fromarray(pixels).save(draft, "PNG")
-            draft.replace(png(folder, seed))
-    state.wait_for_everyone()
+    batches = sample_batches(model, missing, steps, sampler, **options)
+    for seed, image in zip(missing, (image for batch in batches for image in batch), strict=True):
+        draft = png(folder, seed).with_suffix(".tmp")  # renamed when complete: whatever is called .png is whole
+        Image.fromarray(to_pixels(image[None])[0]).save(draft, "PNG")
+        draft.replace(png(folder, seed))
+    state.wait_for_everyone()  # the caller may read the samples of all processes next
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,12 +157,14 @@ def sample_to_folder(
 
 
 def to_pixels(samples: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded as diffusers' image processor does."""
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded as diffusers' image processor does. Without the rounding,
+    `byte` would cut off, and images would be half a grey level darker than those that they are compared with."""
     return ((samples / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def preview(model: DiffusionModel) -> tuple[int, int]:
-    """How many samples a picture of the model shows, and in how many columns: one for each of its default prompts."""
+    """How many samples a picture of the model shows, and in how many columns: one for each of its default prompts. Of
+    points it shows thousands, since only many together show a distribution."""
     if len(model.shape) == 1:
         return 4096, 1
     n = len(model.default_prompts)
@@ -171,7 +174,7 @@ def preview(model: DiffusionModel) -> tuple[int, int]:
 def picture(samples: Tensor, columns: int = 8) -> Image.Image:
     """One picture of a batch of points or images."""
     if samples.ndim == 2:
-        from toy import plots  # matplotlib is not needed for images
+        from toy import plots
 
         return plots.scatter(samples)
     from torchvision.utils import make_grid
@@ -182,40 +185,41 @@ def picture(samples: Tensor, columns: int = 8) -> Image.Image:
 def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
     """One picture of several batches under their names, drawn from the same noises: of images a row each, so that a
     column shows one noise. Of points a panel each, and three of the model's PF-ODE with a sub-path of length k."""
-    if len(model.shape) == 1:
-        from toy import plots
+    from toy import plots
 
+    if len(model.shape) == 1:
         return plots.overview(panels, plots.SubPath(*_sub_path(model, k)))
     from matplotlib.font_manager import findfont
 
     columns = preview(model)[1]
-    rows = [(name, picture(samples[:columns], columns)) for name, samples in panels.items()]
-    scale = max(1, 800 // rows[0][1].width)  # small images are enlarged, pixel by pixel
-    width, height, text = rows[0][1].width * scale, rows[0][1].height * scale, 16
-    image = Image.new("RGB", (width, len(rows) * (height + text)), "white")
+    rows = [picture(samples[:columns], columns) for samples in panels.values()]
+    # Small images are enlarged, pixel by pixel. All rows get the size of the first, so that columns stay in line.
+    scale = max(1, 800 // rows[0].width)
+    size = rows[0].width * scale, rows[0].height * scale
     font = ImageFont.truetype(findfont("DejaVu Sans"), 11)  # comes with matplotlib, and has Greek letters
-    for i, (name, row) in enumerate(rows):
-        ImageDraw.Draw(image).text((4, i * (height + text) + 2), name, fill="black", font=font)
-        image.paste(row.resize((width, height), Image.Resampling.NEAREST), (0, i * (height + text) + text))
-    return image
+    for i, name in enumerate(panels):
+        enlarged = rows[i].resize(size, Image.Resampling.NEAREST)
+        rows[i] = ImageOps.expand(enlarged, (0, 16, 0, 0), "white")  # 16 pixels above it, for its name
+        ImageDraw.Draw(rows[i]).text((4, 2), name, fill="black", font=font)
+    return plots.below(*rows)
 
 
 @torch.no_grad()
 def _sub_path(model: DiffusionModel, k: int, n: int = 5) -> tuple:
     """The values of plots.SubPath: n trajectories of the PF-ODE from time N-1 to 0, and a sub-path of length k of one.
 
-    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell.
+    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. The sub-path starts in the middle, at t = 499, or
+    at k if that is more.
     """
-    x, last = torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device), len(model.schedule) - 1
-    states = [x]  # states[last - t] is at time t
+    last, denoise = len(model.schedule) - 1, functools.partial(model.predict, cond={})
+    states = [torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device)]
     for time in range(last, 0, -1):
-        t = torch.full((n,), time, device=x.device)
-        x0, eps = model.predict(states[-1], t, {})
-        alpha, sigma = model.schedule.at(t - 1, 2)
-        states.append(alpha * x0 + sigma * eps)
-    paths, start = torch.stack(states).cpu(), min(last, max(499, k))
-    piece = paths[last - start : last - start + k + 1, 0]
-    alpha, _ = model.schedule.at(torch.arange(start, start - k - 1, -1), 2)
+        t = torch.full((n,), time, device=model.device)
+        states.append(multiple_estimation(denoise, model.schedule, states[-1], t, t - 1, k=1, solver_step=1))
+    paths, start = torch.stack(states).cpu(), min(last, max(499, k))  # paths[last - t] is at time t: (last + 1, n, 2)
+    times = torch.arange(start, start - k - 1, -1)
+    piece, (alpha, _) = paths[last - times, 0], model.schedule.at(times, 2)
+    # Eleven points of the line that replaces this piece, at γ = 0, 0.1, ... 1.
     t, gamma = torch.full((11,), start), torch.linspace(0, 1, 11)
     line = sub_path_point(piece[:1], piece[-1:], t, t - k, gamma, model.schedule, "sl", "approx").x
     return paths, piece, alpha, line, f"t = {start}, s = {start - k}"
@@ -236,8 +240,7 @@ def add_arguments(parser: training.Parser) -> None:
 
 def parser() -> training.Parser:
     """The flags of sample.py."""
-    description = "Sample from students and teachers, all from the same noise."
-    p = training.Parser(prog="sample.py", description=description, formatter_class=training.Help)
+    p = training.Parser(prog="sample.py", description="Sample students and teachers.", formatter_class=training.Help)
     p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
     p.add_argument("--steps", type=int, nargs="+", help="of students: network evaluations (default 4; paper: 1 to 4)")
     p.add_argument("--teacher_steps", type=int, nargs="+", help="of teachers (default 50)")
@@ -251,33 +254,34 @@ def parser() -> training.Parser:
 
 @program
 def main() -> None:
+    """Plans and checks all rows, then samples: (model, sampler, steps), each a row of the picture or a folder."""
     args = parser().parse_args()
-    out, prompts = Path(args.out), read_prompts(args.prompts)
+    out, options = Path(args.out), {"prompts": read_prompts(args.prompts)}
+    options |= {"batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
     writable_folder(out.parent if out.suffix == ".png" else out)
-    # First all rows are planned and checked, then the first image is made: (model, sampler, steps), each a row of the
-    # picture or a folder. A student has its guidance in its weights, so --guidance_w is the teachers' alone.
     plan = []
-    for name in args.models:
+    for name in args.models:  # all are loaded, and so all names checked, before hours of sampling begin
         model = load(name).to(training.process().device)
         sampler = args.scheduler or default_sampler(model)
         steps = args.steps or [4] if sampler == "lcm" else args.teacher_steps or [50]
         plan += [(model, sampler, n) for n in steps]
     samplers = {sampler for _, sampler, _ in plan}
+    # A flag that no row can use is refused: silently ignored, it would seem to have had no effect.
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
     refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
     refuse("lcm" not in samplers and args.steps, "--steps is for students; a teacher takes --teacher_steps")
+    # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
         w = 0.0 if sampler == "lcm" else args.guidance_w
-        options = {"w": w, "prompts": prompts, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
         if out.suffix == ".png":
             guidance = f", w = {w:g}" if w else ""
-            rows[f"{model.name}, {sampler}, {n_steps(n)}{guidance}"] = sample(model, seeds, n, sampler, **options)
+            rows[f"{model.name}, {sampler}, {n_steps(n)}{guidance}"] = sample(model, seeds, n, sampler, w=w, **options)
         else:
             folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
-            sample_to_folder(model, seeds, folder, n, sampler, **options)
-    if len(rows) == 1:
+            sample_to_folder(model, seeds, folder, n, sampler, w=w, **options)
+    if len(rows) == 1:  # nothing to compare with, so all samples in a square instead of in one row
         picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
     elif rows:
         overview(model, rows).save(out)
@@ -285,7 +289,7 @@ def main() -> None:
 
 
 def n_steps(n: int) -> str:
-    """How a row is named."""
+    """How a row is named, in tables and pictures."""
     return "1 step" if n == 1 else f"{n} steps"
 
 

@@ -16,12 +16,13 @@ Notation
     t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path;  s = max(t - k, 0)
     r            drift ratio α_t / α_s, smaller than 1
     k, k_φ, m    length of a sub-path, length of a solver step, solver steps in a sub-path:  m = k / k_φ
-    γ            place on the sub-path: 1 at its start t, 0 at its end s
+    γ            place on the sub-path: 1 at its start x_t, 0 at its shrunken end r x_s
     w            guidance scale in ε + w (ε - ε_∅): w = 8 here is guidance_scale 9 in diffusers
     θ, θ⁻        weights of the student, and their running average (the "target")
     f, F         The paper swaps these letters. In Eq. 4 to 7, f is the consistency function with its boundary condition
                  and F the bare network. From Eq. 8 on, f is the denoiser "x_0 from x and ε", and from Eq. 16 on F is
-                 that denoiser with the boundary condition. Here F_θ always means the F of Eq. 16.
+                 that denoiser with the boundary condition. Here F_θ always means the F of Eq. 16. (In Eq. 2 and 3,
+                 f and g are the drift and the diffusion of the process.)
 
 Shapes: x is (B, ...): points (B, 2), or pixels or latents (B, C, H, W). t, s and γ are (B,). All that comes from the
 noise schedule is computed in float32, whatever precision the networks compute in: near t = 0 and t = N the coefficients
@@ -59,13 +60,14 @@ def _check(name: str, value: str | None, known: Sequence[str | None]) -> None:
 #
 #     dx/dt = f x - g²/2 · ∇ log p_t(x)     with     ∇ log p_t(x) = -ε(x, t)/σ
 #
-# Divide x by α, so z = x/α, and measure time by the noise-to-signal ratio ρ = σ/α. Then dz/dt = g² ε / (2 σ α), and the
-# definition of g² makes g² / (2 σ α) equal to dρ/dt. What is left is
+# Divide x by α, so z = x/α, and measure time by the noise-to-signal ratio ρ = σ/α. In dz/dt the decay of α cancels the
+# term f x, and g² ε / (2 σ α) is left. The definition of g² makes g² / (2 σ α) equal to (dσ/dt - f σ)/α, which is
+# dρ/dt. So
 #
 #     dz/dρ = ε(x, t)                                                                                          (PF-ODE)
 #
-# with no noise schedule in it. Euler's method for this ODE, z_s = z_t + (ρ_s - ρ_t) ε, is DDIM: multiply it by α_s and
-# it reads x_s = α_s x̂_0 + σ_s ε. Two more sections of this file become simple in z and ρ.
+# with no noise schedule in it. Euler's method for this ODE, z_s = z_t + (ρ_s - ρ_t) ε, is DDIM: with Eq. 8,
+# x̂_0 = (x_t - σ_t ε)/α_t, it reads x_s = α_s x̂_0 + σ_s ε. Section 2 becomes simple in z and ρ, too.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +98,8 @@ class Schedule:
     def time_at(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The real-valued time t' at which the process has the noise-to-signal ratio ρ = σ/α; shape (B,).
 
-        Between integer times it is linear in log ρ. ρ itself runs from 0.03 to 15 (Stable Diffusion), so that float32
-        would resolve the clean end badly; its logarithm changes by about as much everywhere.
+        Between integer times it is linear in log ρ, which runs more evenly with time than ρ itself (0.03 to 15 with
+        Stable Diffusion's schedule), so that the interpolation is accurate everywhere.
         """
         self._move_to(alpha.device)
         table = (self.sigma / self.alpha.clamp_min(1e-20)).log()  # the clamp: α may be 0 at the last time
@@ -111,7 +113,8 @@ def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, predictio
     """The denoiser of Eq. 8, x̂_0 = (x - σ ε) / α, for all that a network may output: -> (x_0, ε), x = α x_0 + σ ε.
 
     `prediction_type` is named as in diffusers: "epsilon" outputs ε, "sample" x_0, "v_prediction" v = α ε - σ x_0.
-    A point inside a sub-path has α² + σ² < 1 (section 2), so v is inverted without taking that sum for 1.
+    A point inside a sub-path has the signal α_t and less noise than σ_t (section 2), so α² + σ² < 1; v is inverted
+    without taking that sum for 1.
     """
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha, output
@@ -126,12 +129,14 @@ def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, predictio
 def guided(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
     """Classifier-free guidance, inside Eq. 18: ε̃ = ε(x, c) + w (ε(x, c) - ε(x, ∅)).
 
-    It is linear, and so are the conversions above. So the outputs themselves may be combined, be they ε, v or x_0.
+    The weights 1 + w and -w add up to 1, and each conversion above is an affine function of the output. So the outputs
+    themselves may be combined, be they ε, v or x_0.
     """
     return conditional + w * (conditional - unconditional)
 
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, t) -> (x_0, ε): a teacher, told condition and w
+# (x, t) -> (x_0, ε): a teacher whose condition and guidance are set already.
+Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -140,10 +145,10 @@ def multiple_estimation(
 ) -> Tensor:
     """Eq. 18: x̂_s from x_t by m = k / k_φ DDIM steps of the teacher, each k_φ = `solver_step` long.
 
-    One step of length k is Euler's method with a long stride, and its error grows with k². m shorter ones follow the
-    PF-ODE more closely, at the price of m calls of the teacher. That is what lets k be 100.
+    The error of one Euler step grows with the square of its length; that of m steps over the same way is about m times
+    smaller. The price is m calls of the teacher. That is what lets k be 100.
 
-    A sub-path that is cut off at time 0 has arrived before its m steps are over. The rest then goes from s to s, where
+    A sub-path that is cut off at time 0 may arrive before its m steps are over. The rest then goes from s to s, where
     DDIM returns α_s x̂_0 + σ_s ε = x: nothing moves, and a batch of mixed lengths needs no special case.
     """
     for _ in range(math.ceil(k / solver_step)):
@@ -157,15 +162,17 @@ def multiple_estimation(
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  The line that replaces a sub-path (Section 4.2.1, appendices B and C)
 #
-# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. SPLAM replaces it by a straight line and trains on
-# all of it. Eq. 9 to 11 take the error of consistency training, d(f(x_t), f(x_s)), apart into the way from r x_s to x_t
-# and a difference of noise estimates; the way is what the line fills.
+# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. SPLAM replaces it by a straight line and trains
+# on all of it. Eq. 9 to 11 split the error of consistency training, d(f(x_t), f(x_s)), into two terms: the difference
+# of the points, x_t - r x_s, and a difference of noise estimates. The line fills the first.
 #
 # Why the end is multiplied by r = α_t / α_s. x_t holds the signal α_t x_0 and x_s holds α_s x_0, which is more. r x_s
 # holds α_t x_0 as well, so every point between r x_s and x_t has the same signal and only the noise varies (Eq. 14).
-# Without r the signal would vary with γ too, and the student would have to know γ to tell signal from noise; that line
-# is the "DL-ODE" of appendix C, the paper's ablation. Divided by its signal, z = x/α, the SL line is
-# (1-γ) z_s + γ z_t: the chord between two points of the PF-ODE's curve in the coordinates of section 1.
+# Without r the signal varies with γ too; that line is the "DL-ODE" of appendix C, the paper's ablation.
+#
+# Divided by its signal, z = x/α, the SL line is (1-γ) z_s + γ z_t: the chord between two points of the PF-ODE's curve
+# in the coordinates of section 1. The DL line lies on the same chord, with its points spread differently over it. So
+# with the linear σ, and told the time (section 3), a student sees nearly the same task from both.
 #
 # How much noise x_γ holds depends on how the noises ε_s and ε_t of the two ends belong together.
 #
@@ -173,17 +180,18 @@ def multiple_estimation(
 #   x_s = α_s x̂_0 + σ_s ε̂. On a line between them the coefficients of ε̂ are on a line too. This is the "approximate"
 #   form below Eq. 15. For one solver step it is exact, to rounding. With m > 1 steps the estimate ε̂ changes on the way,
 #   and the form is an approximation again; toy/README.md measures by how much.
-# - They are independent but for what x_t inherits from x_s, when x_t was made from x_s by fresh noise (Eq. 20:
+# - x_t is r x_s plus noise that does not depend on x_s, when x_t was made from x_s by fresh noise (Eq. 20:
 #   x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 say what that makes of x_0). Then variances add: put Eq. 20 into Eq. 12, and
 #   x_γ = r x_s + γ √(1-r²) ε' (Eq. 23), so that σ_γ² = r² σ_s² + γ² (1-r²) (Eq. 24). This is the "exact" form. Training
-#   does not couple its ends in this way, and so it is not the exact one there, in spite of its name.
+#   does not couple its ends in this way: there, in spite of its name, it is the wrong σ.
 #
-# Eq. 25 is the difference of the two forms. It is 0 at γ = 0 and at γ = 1, and approx is larger in between.
+# Eq. 25 is the difference of the two forms. Their squares differ by 2 γ (1-γ) r σ_s (σ_t - r σ_s): nothing at γ = 0 and
+# γ = 1, and in between approx is larger.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class SubPathPoint(NamedTuple):
-    """A point x_γ = α_γ x_0 + σ_γ ε of a sub-path; α_γ and σ_γ are shaped to multiply x."""
+    """A point x_γ = α_γ x̂_0 + σ_γ ε̂ of a sub-path; α_γ and σ_γ are shaped to multiply x."""
 
     x: Tensor
     alpha: Tensor
@@ -203,8 +211,8 @@ def sub_path_point(
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    # 1 - r² is the variance of the fresh noise of Eq. 20, and so equals σ_t² - r² σ_s². Where r is near 1, float32
-    # would lose it in the difference of two numbers near 1, but not in this one.
+    # 1 - r² is the variance of the fresh noise of Eq. 20, and equals σ_t² - r² σ_s². Where r is near 1, the difference
+    # of two numbers near 1 would cost float32 some of its digits; this one does not.
     one_minus_r2 = sigma_t**2 - r**2 * sigma_s**2
     if ode == "sl":
         x = (1 - g) * r * x_s + g * x_t  # Eq. 12
@@ -226,18 +234,18 @@ def sub_path_point(
 # ---------------------------------------------------------------------------------------------------------------------
 # 3  The student F_θ(x_γ, c, γ) (Section 4.2.2)
 #
-# The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, and a
-# network that believes t subtracts too much of it. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is 15
-# at t = 999. So the network must be told where on the sub-path it is. There are two ways:
+# The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, so a
+# network that believes t estimates the noise wrongly. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is
+# 15 at t = 999. So the network must be told where on the sub-path it is. There are two ways:
 #
 # "embedding", the paper's: an embedding of γ is added to the network's own embedding of t. The network must learn what
 #     it means. The embedding is zero at γ = 1, so there the student is exactly the teacher before training, and after
 #     training, when γ is always 1, the embedding's weights are dropped.
 # "time", this project's and its default: the network is told another time. x_γ = α_γ x_0 + σ_γ ε, scaled to
-#     α² + σ² = 1, is an ordinary point of the diffusion process, of the time t' where σ_t'/α_t' = σ_γ/α_γ. The network
-#     knows from its training as a teacher what to do there. To replace t by t' is to add φ(t') - φ(t) to the network's
-#     own Fourier embedding φ(t): that too is an embedding of γ which is zero at γ = 1, as Section 4.2.2 asks for, but
-#     with weights that the teacher has learnt already.
+#     α² + σ² = 1, has the signal and the noise of the diffusion process at the time t' where σ_t'/α_t' = σ_γ/α_γ. The
+#     network knows from its training as a teacher what to do there. To replace t by t' is to add φ(t') - φ(t) to the
+#     network's own Fourier embedding φ(t): that too is an embedding of γ which is zero at γ = 1, as Section 4.2.2
+#     asks for, but with weights that the teacher has learnt already.
 # ---------------------------------------------------------------------------------------------------------------------
 
 GAMMA_DIM = 32  # length of the γ-embedding
@@ -247,8 +255,8 @@ def gamma_embedding(gamma: Tensor) -> Tensor:
     """γ (B,) -> (B, GAMMA_DIM) in float32, exactly the zero vector at γ = 1.
 
     LCM's embedding of w, sin and cos of 1000 w times frequencies, has cos 0 = 1 and is not zero anywhere; hence the
-    cos - 1. And it turns so fast that neighbouring γ look unrelated. The highest frequency here turns four times from
-    γ = 0 to 1.
+    cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest frequency here turns four times
+    from γ = 0 to 1.
     """
     frequencies = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
     angle = (1 - gamma.float())[:, None] * frequencies
@@ -282,10 +290,11 @@ TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in
 def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
 
-    Eq. 5 makes F_θ(x, 0) = x hold by construction: at time 0 there is nothing left to denoise. Without such an anchor a
-    constant function would satisfy self-consistency (Eq. 4) perfectly. With the scaling of 10 it is a matter of the
-    first step: c_skip is 0.0025 at t = 1 and below 1e-5 from t = 16 on. Sub-paths start at t = 19 or later, so in
-    practice it acts where a sub-path ends at s = 0 and nowhere else. There the target is x̂_0 itself.
+    Eq. 5 makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would satisfy
+    self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 it is a matter of the first time step: c_skip is 0.0025
+    at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later. So in
+    practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself. (In
+    discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
     """
     scaled = (TIMESTEP_SCALING * t.float()).view((-1,) + (1,) * (ndim - 1))
     norm = scaled**2 + SIGMA_DATA**2
@@ -296,7 +305,7 @@ class ConsistencyFunction(nn.Module):
     """F_θ(x_γ, c, γ) of Eq. 16 around a network with diffusers' signature, `network(x, t, **cond).sample`.
 
     `gamma_conditioning` is "embedding" or "time", as described above, or None for a finished student, which is only
-    ever asked at γ = 1. There all three are the teacher's own function when training begins: to the last bit for
+    ever asked at γ = 1. There all three are the same function as long as the weights are the teacher's: exactly so for
     "embedding" and None, and to float32 rounding for "time", whose t' is computed and not looked up.
     """
 
@@ -387,12 +396,12 @@ def draw(
 ) -> Draws:
     """n, γ ~ U[0, 1] and ε of Algorithm 1 for a batch of the shape `x_shape`.
 
-    n names the start of a sub-path on the grid N-1, N-1-N/50, ... of 50 `num_ddim_timesteps`. Few-step sampling takes
-    its times from the same grid, so it never asks the student at a time where it was not trained.
+    n names the start of a sub-path on the grid N-1, N-1-N/50, ..., whose length `num_ddim_timesteps` is 50. Few-step
+    sampling takes its times from the same grid, so it never asks the student at a time where it was not trained.
 
     `gamma_at_one` is this project's option, 0 in the paper: that share of the γ is 1. Sampling happens at γ = 1 alone,
-    and uniform draws come near it rarely. γ = 1 is also where a sub-path hands on what the target knows at its end to
-    its start, over the whole length k; near γ = 0 the student is asked almost where the target is.
+    and uniform draws come near it rarely. It is also where the student is asked farthest from its target, a whole
+    sub-path away; near γ = 0 it is asked almost where the target is.
     """
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
@@ -431,17 +440,17 @@ def splad_loss(
     alpha_t, sigma_t = schedule.at(t, x0.ndim)
     x_t = alpha_t * x0 + sigma_t * noise  # Eq. 1: the start of the sub-path
     x_s = solver(denoise, schedule, x_t, t, s, k, solver_step)  # Eq. 18: its end, by the teacher
-    with torch.no_grad():  # Eq. 17 stops the gradient here: or both sides would run towards each other
+    with torch.no_grad():  # no gradient through the target (Eq. 17), and no memory for one
         landing = target(x_s, s, **cond)  # F_θ⁻(x̂_s, c, γ = 1), the end of the sub-path taken as a start of its own
     losses = []
-    for g in gamma.unbind(1):  # once, in the paper
+    for g in gamma.unbind(1):
         if ode == "lcm":
             g = torch.ones_like(g)
         line = "dl" if ode == "dl" else "sl"  # at γ = 1 both are x_t
         point = sub_path_point(x_t, x_s, t, s, g, schedule, line, sigma_form)  # Eq. 12, or 26
         losses.append(distance(student(point.x, t, g, point, **cond), landing, metric))
-    # Consistency models have a weight λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect". Such
-    # a weight would multiply here: there is a number for each sample and γ.
+    # Consistency models weight d by a λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect".
+    # Such a weight would multiply on the next line, before the mean: there is a number for each sample and γ.
     return torch.stack(losses, dim=1).mean()
 
 
@@ -459,10 +468,11 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Sampling in a few steps (Eq. 19)
 #
-# One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. It is
-# never quite right, and most wrong from far away. So more steps go back part of the way: noise is added to x̂_0 until it
-# is a point of an earlier, less noisy time, and the student jumps again from there, a shorter way. The noise is fresh,
-# and so the new point lies on another trajectory; from the second step on, a sample is no function of its first noise.
+# One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. Its
+# error is largest for this longest jump. So more steps go back part of the way: noise is added to x̂_0 until it has
+# as much as a less noisy time than the first, and the student jumps again from there, a shorter way. The noise is
+# fresh, so the new point lies on another trajectory: with more than one step, the first noise alone does not decide
+# the sample.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -13,13 +13,13 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import Dataset
 
 import training
 from data import Images, load_images, program, writable_folder
 
 
 def _convolution(inside: int, outside: int, pool: bool = False) -> nn.Sequential:
+    # No bias: BatchNorm subtracts the mean right after, and any bias with it.
     layers = [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
 
@@ -32,17 +32,18 @@ class Residual(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """A small residual network: pixels 0..255 (B, 3, H, W) -> (features (B, 256), logits (B, classes))."""
+    """A small residual network: pixels 0..255 (B, 3, H, W) -> (features (B, 256), logits (B, classes)).
+
+    The range of a file's pixels is part of the network, so that who uses the exported file cannot get it wrong.
+    """
 
     def __init__(self, classes: int):
         super().__init__()
-        self.body = nn.Sequential(
-            *(_convolution(3, 32), _convolution(32, 64, pool=True)),
-            Residual(_convolution(64, 64), _convolution(64, 64)),
-            *(_convolution(64, 128, pool=True), _convolution(128, 256, pool=True)),
-            Residual(_convolution(256, 256), _convolution(256, 256)),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        )
+        # The three poolings halve the image: of 32x32 pixels, 4x4 places are left for the mean.
+        fine = [_convolution(3, 32), _convolution(32, 64, pool=True)]
+        middle = [Residual(_convolution(64, 64), _convolution(64, 64)), _convolution(64, 128, pool=True)]
+        coarse = [_convolution(128, 256, pool=True), Residual(_convolution(256, 256), _convolution(256, 256))]
+        self.body = nn.Sequential(*fine, *middle, *coarse, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(256, classes)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,13 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def fit(args: argparse.Namespace, module: nn.Module, dataset: Dataset, loss_of: Callable[..., Tensor]) -> nn.Module:
+def fit(args: argparse.Namespace, module: nn.Module, images: Images, loss_of: Callable[..., Tensor]) -> nn.Module:
     """Trains a module by `loss_of(model, x, label, generator)`, whose random numbers must come from the generator.
 
-    The plain loop of this folder's own networks, which have neither averages nor a teacher.
+    The plain loop of this folder's own networks, which have neither averages nor a teacher. It is built like the one in
+    distill.py, where each line is explained. Random numbers from elsewhere would not be the same in a resumed run.
     """
-    run = training.Run(args, module, dataset, {})
+    run = training.Run(args, module, images, {})
     accelerator, batches = run.accelerator, run.batches()
     for step in run.steps():
         generator, losses = run.generator(step), []
@@ -85,41 +87,36 @@ def shifted_loss(model: nn.Module, x: Tensor, label: Tensor, generator: torch.Ge
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Images, device: torch.device) -> float:
     """The share of images whose class is the largest logit."""
-    right = 0
-    for pixels, labels in zip(images.samples.split(250), images.labels.split(250), strict=True):
-        right += (classifier(pixels.to(device))[1].argmax(1).cpu() == labels).sum().item()
-    return right / len(images.labels)
+    logits = [classifier(pixels.to(device))[1].cpu() for pixels in images.samples.split(250)]
+    return (torch.cat(logits).argmax(1) == images.labels).double().mean().item()
 
 
 @program
 def main() -> None:
-    p = training.Parser(
-        prog="python -m toy.features", description=__doc__.splitlines()[2], formatter_class=training.Help
-    )
+    """Trains the classifier, measures its accuracy on the test split, and exports it as a file of torch.export."""
+    description = __doc__.splitlines()[2]
+    p = training.Parser(prog="python -m toy.features", description=description, formatter_class=training.Help)
     p.add_argument("--data", required=True, help="folder of images with the splits train and test")
     p.add_argument("--out", required=True, help="the exported network, .pt2")
-    p.add_argument(
-        "--resolution", type=training.positive, help="images are resized and cropped to it (default: their own)"
-    )
+    p.add_argument("--resolution", type=training.positive, help="images are resized to it (default: their own)")
     training.add_arguments(p)
-    recipe = (
-        "--max_train_steps 3200 --train_batch_size 128 --learning_rate 4e-3 --lr_scheduler cosine --max_grad_norm 10"
-    )
-    recipe += " --adam_weight_decay 0.02 --lr_warmup_steps 300 --mixed_precision bf16 --output_dir runs/features"
-    args = training.parse(p, recipe)
+    recipe = "--max_train_steps 3200 --train_batch_size 128 --learning_rate 4e-3 --lr_scheduler cosine"
+    recipe += " --max_grad_norm 10 --adam_weight_decay 0.02 --lr_warmup_steps 300 --mixed_precision bf16"
+    args = training.parse(p, f"{recipe} --output_dir runs/features")
     out = Path(args.out)
     writable_folder(out.parent)
     set_seed(args.seed)  # of the initial weights
     images = load_images(args.data, "train", args.resolution, mirror=True)
     test = load_images(args.data, "test", resolution=images.samples.shape[-1])
     classifier = fit(args, Classifier(len(images.classes)), images, shifted_loss)
-    result = accuracy(classifier, test, training.process().device)
-    batch = {"pixels": {0: torch.export.Dim("batch")}}
+    right = 100 * accuracy(classifier, test, training.process().device)
+    # An export holds the graph of operations with the weights. So evaluate.py needs no class of this file to run it.
+    batch = {"pixels": {0: torch.export.Dim("batch")}}  # of any size, not only that of the example
     exported = torch.export.export(classifier.cpu(), (images.samples[:2],), dynamic_shapes=batch)
-    draft = out.with_name(out.name + ".tmp.pt2")
+    draft = out.with_name(f"{out.name}.tmp.pt2")  # with another suffix torch.export.save complains
     torch.export.save(exported, draft, extra_files={"classes": json.dumps(images.classes)})
     draft.replace(out)
-    print(f"test accuracy {100 * result:.2f} % on {len(test.labels)} images; {out}")
+    print(f"test accuracy {right:.2f} % on {len(test.labels)} images; {out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ A real Stable Diffusion that fits a laptop: every part is trained here, from CIF
 
 import argparse
 import io
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ import webdataset
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
@@ -44,10 +42,11 @@ def caption(name: str, i: int) -> str:
 def write_shards(images: Images, folder: Path) -> str:
     """Shuffled image-caption pairs as PNG and txt in `folder`; returns the pattern that names the shards."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Images lie on disk class by class. distill.py shuffles among 1,000 samples only, so the order must be random here.
     order = torch.randperm(len(images.samples), generator=torch.Generator().manual_seed(0)).tolist()
     for shard in tqdm(range(SHARDS), desc="shards", unit="tar", leave=False):
         path, draft = folder / f"cifar-{shard:03d}.tar", folder / f"cifar-{shard:03d}.tar.tmp"
-        if path.is_file():
+        if path.is_file():  # of an earlier run; a shard that was interrupted still has its draft's name
             continue
         with webdataset.TarWriter(str(draft)) as tar:
             for i in order[shard::SHARDS]:
@@ -60,45 +59,26 @@ def write_shards(images: Images, folder: Path) -> str:
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Byte-pair encoding as CLIP does it: lower case, words end in </w>."""
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(unk_token=special[1], end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    words = pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    options = {"vocab_size": 1000, "end_of_word_suffix": "</w>", "special_tokens": special, "show_progress": False}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary, merges = bpe.model.save(folder)
-        return CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH)
-
-
-def text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two small layers."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=LENGTH,
-        **{name: getattr(tokenizer, name) for name in names},
-    )
-    return CLIPTextModel(config)
+    """Byte-pair encoding that is learnt from the captions. How text is cut into words, CLIP's tokenizer knows."""
+    # Ids of single letters can differ from call to call (tokenizers numbers them in the order of a hash table).
+    return CLIPTokenizer(model_max_length=LENGTH).train_new_from_iterator(captions, 1000, show_progress=False)
 
 
 class CLIP(nn.Module):
-    """Text and images in one space. Only the text model is kept."""
+    """Text and images in one space. Only the text model is kept; the image network just gives it something to match."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        self.text, self.image = text_model(tokenizer), Classifier(WIDTH)
+        widths = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}
+        depth = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
+        # The text model takes a caption's embedding from the place of the end token, so it must know the ids.
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **widths, **depth, **ids))
+        self.image = Classifier(WIDTH)  # its "logits" are the image's embedding
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """The similarity of each image with each caption, (B, B)."""
+        """The similarity of each image with each caption, (B, B): ten times the cosine, since a softmax of numbers
+        between -1 and 1 could never be sure."""
         _, image = self.image(pixels)
         return 10 * normalize(image.float(), dim=1) @ normalize(self.text(tokens).pooler_output.float(), dim=1).T
 
@@ -107,9 +87,12 @@ def train_text_encoder(args: argparse.Namespace, images: Images, tokenizer: CLIP
     """CLIP's loss; but each caption fits every image of its class."""
 
     def loss_of(model: nn.Module, x: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross entropy in both directions: of captions given the image, and of images given the caption."""
         phrasing = torch.randint(len(TEMPLATES), (len(x),), generator=generator).tolist()
         texts = [caption(images.classes[c], i) for c, i in zip(label.tolist(), phrasing, strict=True)]
         tokens = tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids.to(x.device)
+        # In a batch of 64 there are about six images of each of ten classes. CLIP's own loss has one right answer, and
+        # would push the other five captions of the class away.
         same = (label[:, None] == label[None]).float()
         logits = model((x + 1) * 127.5, tokens)
         return cross_entropy(logits, same / same.sum(1, keepdim=True)) + cross_entropy(logits.T, same / same.sum(0))
@@ -122,14 +105,9 @@ class AutoEncoder(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-            block_out_channels=(32, 64),
-            norm_num_groups=8,
-            sample_size=size,
-            mid_block_add_attention=False,
-        )
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        widths = {"block_out_channels": (32, 64), "norm_num_groups": 8, "sample_size": size}
+        self.vae = AutoencoderKL(**blocks, **widths, mid_block_add_attention=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, and a little of the usual pull towards a standard normal posterior."""
@@ -141,7 +119,7 @@ class AutoEncoder(nn.Module):
 def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
     """The VAE, with the scaling factor that gives latents unit variance, as the U-Net's schedule assumes."""
     vae = fit(args, AutoEncoder(images.samples.shape[-1]), images, lambda model, x, *_: model(x)).vae
-    x, _ = images[list(range(0, len(images.samples), max(1, len(images.samples) // 500)))]
+    x, _ = images[list(range(0, len(images.samples), max(1, len(images.samples) // 500)))]  # about 500 are enough
     with torch.no_grad():
         latents = vae.encode(x.to(vae.device)).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -149,24 +127,20 @@ def train_vae(args: argparse.Namespace, images: Images) -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """A U-Net in which one level looks at the text."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=4,
-        cross_attention_dim=WIDTH,
-    )
+    """A U-Net in which one level of three, that of 8x8 places, and diffusers' block at the bottom look at the text.
+    Attention is cheap there: it compares every place with every token."""
+    down = ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    widths = {"block_out_channels": (32, 64, 128), "norm_num_groups": 8, "cross_attention_dim": WIDTH}
+    options = {"sample_size": 16, "layers_per_block": 1, "attention_head_dim": 4}
+    return UNet2DConditionModel(down_block_types=down, up_block_types=up, **widths, **options)
 
 
 @program
 def main() -> None:
-    p = training.Parser(
-        prog="python -m toy.tiny_sd", description=__doc__.splitlines()[2], formatter_class=training.Help
-    )
+    """Makes the shards, trains the three networks one after the other, and saves the pipeline."""
+    description = __doc__.splitlines()[2]
+    p = training.Parser(prog="python -m toy.tiny_sd", description=description, formatter_class=training.Help)
     p.add_argument("--data", default="data/cifar10", help="folder of images by class")
     p.add_argument("--shards", default="shards", help="folder for the image-caption pairs")
     p.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="of the U-Net")
@@ -177,11 +151,12 @@ def main() -> None:
     recipe = "--max_train_steps 4500 --train_batch_size 64 --learning_rate 1e-3 --lr_scheduler cosine --max_grad_norm 1"
     recipe += " --mixed_precision bf16 --resume_from_checkpoint latest --output_dir runs/tiny-sd"
     args = training.parse(p, recipe)
+    folder = Path(args.output_dir)
 
     def stage(name: str, **flags) -> argparse.Namespace:
+        """The flags of one network's training. Each has a folder of its own, for its checkpoints."""
         return argparse.Namespace(**{**vars(args), "output_dir": str(folder / name), **flags})
 
-    folder = Path(args.output_dir)
     images = load_images(args.data, mirror=True)
     shards = write_shards(images, Path(args.shards))
     set_seed(args.seed)  # of the initial weights
@@ -193,6 +168,7 @@ def main() -> None:
     parts = (vae, text_encoder, tokenizer, new_unet(), DDPMScheduler(**noise, **options), None, None)
     pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     teacher = StableDiffusion(pipeline, str(folder)).to(training.process().device)
+    # VAE and text encoder are finished, so what they make of each pair is computed once, and kept.
     pairs = {"data": shards, "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
     unet = stage("", **pairs, cache_latents=str(folder / "latents"))
     train(unet, teacher, teacher.dataset(unet))
