@@ -110,10 +110,12 @@ class EndlessBatches(Sampler):
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        # `length` counts the items of the data set, `start` this process's batches that a resumed run leaves out.
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.rank, self.world = start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
+        # `position` counts items from the first epoch's beginning: its quotient by the length is the epoch.
         position = (self.start * self.world + self.rank) * self.batch_size
         epoch, order = -1, []
         while True:
@@ -149,6 +151,7 @@ class Points(Dataset):
     """65,536 points of a distribution, always the same, with their classes (zeros where there are none)."""
 
     def __init__(self, data: str, split: str = "train"):
+        # A seed for each split: test points are other points of the same density.
         mixture, seed = distribution(data), {"train": 1, "test": 2}[split]
         self.samples, component = mixture.sample(2**16, torch.Generator().manual_seed(seed))
         self.labels = torch.zeros_like(component) if mixture.classes is None else mixture.classes[component]
@@ -321,6 +324,7 @@ def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
     file = next((sample[key] for key in sample if f".{key}" in EXTENSIONS), b"")
     # Only the formats that the names promise: PIL knows some, PostScript for one, that it hands to an interpreter.
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["JPEG", "PNG", "WEBP"]) as image:
+        # img2dataset may have made the file smaller than the original was; what counts is the original.
         original = facts.get("original_width"), facts.get("original_height")
         shorter_side = min(original if all(original) else image.size)
         if shorter_side < options.min_image_size or (facts.get("pwatermark") or 0) > options.max_pwatermark:
@@ -380,6 +384,8 @@ class CaptionFolder(Pairs, Dataset):
 
     def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
         super().__init__(data, options, tokenize)
+        # In webdataset's form, so that read_pair can be the same: __url__ and __key__ name a sample in the log. Images
+        # are kept as paths and opened when they are needed; captions are small, and kept.
         root, self.samples = Path(data), []
         refuse(not root.is_dir(), f"no such folder: {root}")
         metadata = self._metadata(root / "metadata.jsonl")
@@ -432,6 +438,8 @@ class Shards(Pairs, IterableDataset):
         from webdataset.shardlists import expand_urls  # webdataset takes a second, and few need it
 
         super().__init__(data, options, tokenize)
+        # {000..999} and :: are expanded here, and what is a local file must exist. All shards of a run are known from
+        # its first step on, since each epoch deals them out.
         try:
             self.urls = expand_urls(data)
         except (AssertionError, ValueError) as error:  # unbalanced braces, unknown variables
@@ -472,6 +480,8 @@ class Shards(Pairs, IterableDataset):
         A tar file cannot be entered in the middle: to skip to batch `start` would mean to read all before it. So
         `start` is part of the seed, and a resumed run goes on in a new order.
         """
+        # A copy that knows its place, and not an iterator: a loader's workers get it pickled, and begin there
+        # themselves.
         stream = copy.copy(self)
         stream.place = batch_size, f"{seed} {start}", rank, world
         return stream
@@ -540,6 +550,7 @@ def cache_pairs(
     for name, read in tqdm(parts[rank::world], desc="encoding", unit="part", mininterval=1, disable=rank != 0):
         final, draft = target / f"{name}.safetensors", target / f"{name}.tmp"
         if not final.exists():
+            # A part is small enough for memory: 1,024 pairs of a folder, or one shard.
             encoded = [[tensor.cpu() for tensor in encode(*batch)] for batch in read()]
             empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
             x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded or empty, strict=True))

@@ -205,24 +205,31 @@ def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> 
 
 
 @torch.no_grad()
-def _sub_path(model: DiffusionModel, k: int, n: int = 5) -> tuple:
+def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
     """The values of plots.SubPath: n trajectories of the PF-ODE from time N-1 to 0, and a sub-path of length k of one.
 
-    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. The sub-path starts in the middle, at t = 499, or
-    at k if that is more.
+    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. Of all sub-paths, one is shown that bends a lot:
+    the height of its middle over its chord in z = x/α, in chords, is the largest below a quarter (above, it is a
+    hairpin).
     """
     last, denoise = len(model.schedule) - 1, functools.partial(model.predict, cond={})
     states = [torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device)]
     for time in range(last, 0, -1):
         t = torch.full((n,), time, device=model.device)
         states.append(multiple_estimation(denoise, model.schedule, states[-1], t, t - 1, k=1, solver_step=1))
-    paths, start = torch.stack(states).cpu(), min(last, max(499, k))  # paths[last - t] is at time t: (last + 1, n, 2)
-    times = torch.arange(start, start - k - 1, -1)
-    piece, (alpha, _) = paths[last - times, 0], model.schedule.at(times, 2)
+    paths, alphas = torch.stack(states).cpu(), model.schedule.alpha.cpu().flip(0)  # place last - t is time t
+    z = paths / alphas[:, None, None]
+    begins = torch.arange(0, last - k + 1, 10)
+    starts, middles, ends = z[begins], z[begins + k // 2], z[begins + k]
+    chords, rises = ends - starts, middles - starts
+    bend = (chords[..., 0] * rises[..., 1] - chords[..., 1] * rises[..., 0]).abs() / chords.square().sum(2)
+    best = torch.where(bend < 0.25, bend, 0).argmax()
+    begin, which = begins[best // n], best % n
+    piece, alpha = paths[begin : begin + k + 1, which], alphas[begin : begin + k + 1, None]
     # Eleven points of the line that replaces this piece, at γ = 0, 0.1, ... 1.
-    t, gamma = torch.full((11,), start), torch.linspace(0, 1, 11)
+    t, gamma = torch.full((11,), last - int(begin)), torch.linspace(0, 1, 11)
     line = sub_path_point(piece[:1], piece[-1:], t, t - k, gamma, model.schedule, "sl", "approx").x
-    return paths, piece, alpha, line, f"t = {start}, s = {start - k}"
+    return paths, piece, alpha, line, f"t = {int(t[0])}, s = {int(t[0]) - k}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,11 +67,13 @@ class DiffusionModel:
     def __init__(self, network: nn.Module, scheduler, name: str):
         from diffusers import LCMScheduler
 
+        # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
         self.schedule = Schedule(scheduler.alphas_cumprod)
         self.prediction_type: str = scheduler.config.prediction_type
         self.is_student = isinstance(scheduler, LCMScheduler)
-        # How many times the grid of few-step sampling has. diffusers' own default is 50 as well.
+        # How many times the grid of few-step sampling has: of a student, as many as it was distilled with. diffusers'
+        # own default is 50 as well.
         self.original_inference_steps: int = scheduler.config.get("original_inference_steps", 50)
         classes = network.config.get("num_class_embeds")
         self.null_label = None if classes is None else classes - 1
@@ -102,6 +104,7 @@ class DiffusionModel:
         if not prompts:
             return torch.arange(self.null_label or 1)
         classes = self.null_label or 0
+        # On the command line a class is its number; names of classes are not kept in a pipeline folder.
         unknown = not all(prompt.isdigit() and int(prompt) < classes for prompt in prompts)
         data.refuse(unknown, f"prompts are class labels here, and this model has {classes or 'no'} classes")
         return torch.tensor([int(prompt) for prompt in prompts])
@@ -143,6 +146,7 @@ class DiffusionModel:
 
     def copy_network(self, lora_rank: int = 0) -> nn.Module:
         """A trainable copy in float32, where a student starts. With a LoRA, only the LoRA is trainable."""
+        # float32, since the frozen network may have been cast to half precision (see Distillation).
         network = copy.deepcopy(self.network).train().float().requires_grad_(not lora_rank)
         if lora_rank:
             from peft import LoraConfig
@@ -164,6 +168,7 @@ class DiffusionModel:
         return self._with(network, scheduler, f"student of {self.name}")
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
+        """A model of this kind with another network and scheduler, all else shared."""
         return type(self)(network, scheduler, name)
 
     def write(self, folder: Path) -> None:
@@ -202,6 +207,7 @@ class PointModel(DiffusionModel):
 
     def __init__(self, network: nn.Module, scheduler, name: str):
         super().__init__(network, scheduler, name)
+        # A student of an ideal teacher is a network and nothing else, though its config remembers where it comes from.
         self.ideal = network.config.ideal and not self.is_student
         self.default_data = f"{'ideal' if network.config.ideal else 'toy'}:{network.config.distribution}"
         self.mixture = data.distribution(self.default_data)
@@ -292,6 +298,7 @@ class StableDiffusion(DiffusionModel):
     def load(cls, name: str, index: dict) -> "StableDiffusion":
         from diffusers import StableDiffusionPipeline
 
+        # The safety checker and its kin are not loaded: they would cost memory and are not distilled.
         unused = {key: None for key in UNUSED_PARTS if key in index}
         pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **unused)
         pipeline.register_to_config(**({"requires_safety_checker": False} if unused else {}))
@@ -363,6 +370,7 @@ class StableDiffusion(DiffusionModel):
         return cond
 
     def null_condition(self, n: int) -> dict[str, Tensor]:
+        # One embedding for all samples and steps: the empty text, as Stable Diffusion was trained with for guidance.
         if self.null_text is None:
             self.null_text = self.text_encoder(self.tokenize([""]).to(self.device))[0].detach()
         return self.condition(self.null_text.expand(n, -1, -1))
@@ -375,6 +383,7 @@ class StableDiffusion(DiffusionModel):
             return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "StableDiffusion":
+        # A shallow copy: the student shares the teacher's VAE, text encoder and tokenizer.
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(unet=network, scheduler=scheduler)
         network.register_to_config(sample_size=self.shape[1])  # at which it was distilled
@@ -423,9 +432,8 @@ def load(name: str) -> DiffusionModel:
     unknown = [part for part in parts if part[0] not in (None, "diffusers", "transformers", "toy.mlp")]
     unknown = unknown or not kinds or index.get("_class_name") not in kinds[0].pipeline_names
     data.refuse(unknown, f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
+    _silence_libraries(kinds[0])
     try:
-        if kinds[0] is not PointModel:
-            _silence_libraries()
         return kinds[0].load(name, index)
     except (OSError, ValueError) as error:
         raise data.BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
@@ -445,14 +453,16 @@ def _read_index(name: str) -> dict:
         raise data.BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
 
 
-def _silence_libraries() -> None:
-    """Progress bars and advice of diffusers and transformers, between the lines of our own."""
+def _silence_libraries(kind: type[DiffusionModel]) -> None:
+    """Progress bars and advice of diffusers and transformers, which would stand between the lines of our own."""
     from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    if kind is not PointModel:  # which needs no transformers
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def _load_lora(folder: Path) -> DiffusionModel:
@@ -569,6 +579,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
     loop is built like the one in distill.py, where each line is explained: what all processes draw alike, what
     autocast covers, which calls every process must reach.
     """
+    # A copy is trained, and not model.network: that one stays frozen and gets the averaged weights at the end.
     network = model.copy_network()
     average = copy.deepcopy(network).eval().requires_grad_(False)
     run = training.Run(args, network, dataset, {"average": average})
@@ -629,7 +640,7 @@ def fit_or_load(name: str, folder: Path, arguments: Sequence[str] = (), overwrit
     and kept in `folder`, where the next call finds them."""
     if not name.startswith(data.POINTS):
         return load(name)
-    data.distribution(name)
+    data.distribution(name)  # refuses an unknown one before anything is fitted
     if overwrite or not (folder / "model_index.json").is_file():
         how = ["--overwrite"] if overwrite else ["--resume_from_checkpoint", "latest"]  # an interrupted fit goes on
         fit(parse(["--data", name, "--output_dir", str(folder), *how, *arguments]))

@@ -160,6 +160,7 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
 def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> Iterator[list[Tensor]]:
     """Batches without end, from a `position` as EndlessBatches and Shards.batches take it."""
     # batch_size=None: what the sampler yields, and what shards yield, are whole batches already.
+    # Pinned memory lets a GPU fetch a batch while it computes.
     options = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if isinstance(dataset, Shards):  # which have an order of their own
         return iter(DataLoader(dataset.batches(**position), **options))
@@ -191,6 +192,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _adamw(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+    """The optimizer's class. The 8-bit one keeps its moments in a quarter of the memory, on a GPU."""
     if not args.use_8bit_adam:
         return torch.optim.AdamW
     try:
@@ -212,6 +214,9 @@ class Run:
     ):
         from diffusers.optimization import get_scheduler  # diffusers takes seconds: --help must not wait for it
 
+        # The order below matters: accelerate must know the devices before anything is moved to one, the optimizer
+        # must get the parameters before they are spread over processes, and a checkpoint is read into what is
+        # prepared.
         self.args, self.folder, self.averages = args, writable_folder(args.output_dir), averages
         self.dataset, self.step = dataset, 0
         options = {"mixed_precision": args.mixed_precision, "log_with": args.report_to, "project_dir": str(self.folder)}
@@ -289,7 +294,7 @@ class Run:
 
     def log(self, step: int, loss: Tensor) -> None:
         """One line of metrics.jsonl, and the progress bar. Every process must call this: they average their losses."""
-        value = self.accelerator.reduce(loss, "mean").item()
+        value = self.accelerator.reduce(loss, "mean").item()  # .item() waits for a GPU to finish the step
         if not self.accelerator.is_main_process:
             return
         values = {"loss": value, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
@@ -338,13 +343,14 @@ class Run:
         """What is another configuration in the checkpoint than in this run."""
         refuse(not (path / "configuration.json").is_file(), f"{path} is not a checkpoint of this program")
         there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
+        # A flag that one of the two programs did not know counts as not given, so older checkpoints stay readable.
         differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
         return [f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing]
 
     def _begin(self) -> None:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
         args, earlier = self.args, checkpoints(self.folder)
-        if args.overwrite:
+        if args.overwrite:  # the two waits: nobody deletes before all have looked, nobody writes before all is deleted
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 for path in earlier:
@@ -370,6 +376,7 @@ class Run:
         # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded format
         # is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
         self.accelerator.load_state(str(path))
+        # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
         for name, module in self.averages.items():
             weights = load_file(path / f"{name}.safetensors")
             set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import distill
 import teacher
 import training
-from data import POINTS, BadInput, writable_folder
+from data import POINTS, refuse, writable_folder
 from evaluate import Evaluation, machine, print_rows
 from sample import SeededNoise, n_steps, overview, preview, sample
 from splam import multiple_estimation
@@ -73,26 +73,27 @@ def pf_ode_end(model: DiffusionModel, noise: Tensor, cond: dict[str, Tensor], w:
 
 
 class Bench(Evaluation):
-    """An evaluation that also knows where the teacher's PF-ODE ends, `endpoint`, for each of its noises."""
+    """An evaluation that also knows where the teacher's PF-ODE, guided by w, ends for each of its noises: `endpoint`,
+    (num_samples, ...). The map error is the distance to these ends."""
 
-    def __init__(self, model: DiffusionModel, data: str, w: float, num_samples: int, features: str, precision: str):
-        model.to(training.process().device)
-        super().__init__(model, data, num_samples, features=features, mixed_precision=precision)
+    def __init__(self, model: DiffusionModel, data: str, num_samples: int, w: float, **options):
+        super().__init__(model.to(training.process().device), data, num_samples, **options)
+        # The noise and label of each seed are those that `sample` gives a student.
         labels, ends, self.w = model.labels([]), [], w
         self.noise = SeededNoise(model.shape, self.seeds, torch.device("cpu"))()
         self.labels = labels[torch.tensor(self.seeds) % len(labels)]
-        for noise, label in zip(self.noise.split(model.batch_size), self.labels.split(model.batch_size), strict=True):
-            with training.autocast(model.device, precision):
+        for noise, label in zip(self.noise.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            with training.autocast(model.device, self.mixed_precision):
                 cond = model.condition(label.to(model.device))
                 ends.append(model.decode(pf_ode_end(model, noise.to(model.device), cond, w)).cpu())
         self.endpoint = torch.cat(ends)
 
     def sample(self, student: DiffusionModel, steps: int, count: int | None = None) -> Tensor:
-        """From the bench's noises, or the first of them."""
+        """A student's samples from these noises, or from the first `count` of them."""
         return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision)
 
     def distances(self, samples: Tensor) -> dict[str, float]:
-        """To the data."""
+        """From the samples to the data: W2 and MMD of points, the Fréchet distance of images."""
         self.update(samples)
         return self.results()
 
@@ -107,45 +108,41 @@ def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
     return values
 
 
-Measure = Callable[[Bench, DiffusionModel], dict]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training students. Jobs are plain data, and what runs them are plain functions, since both go to other processes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
-    """One student."""
+    """One student: all that a process must be told to train and to measure it."""
 
     name: str
     variant: Variant
     flags: list[str]  # of distill.py
     teacher: list[str]  # of teacher.py, or none for a teacher that exists
     at: list[int]  # steps after which it is measured
-    measure: Measure
+    measure: Callable[[Bench, DiffusionModel], dict]  # -> the columns of a row
     num_samples: int
     features: str
     save_samples: bool
 
 
 def key(*parts: object) -> str:
-    """A file name for what is made from these parts, functions, and the sources of both.
+    """A file name for what is made from these parts and the project's SOURCES.
 
-    An edited function so never meets a result of the old one. Functions count by the files in which they stand.
+    So a result that other code made has another name, and is not found again by mistake. A function among the parts
+    counts by its name and the text of the file that it stands in, for a script's own file is none of SOURCES.
     """
-    files = set(SOURCES)
 
-    def describe(part: object) -> str:
-        files.add(Path(sys.modules[part.__module__].__file__))
-        return part.__qualname__
+    def describe(function: Callable) -> list[str]:
+        return [function.__qualname__, Path(sys.modules[function.__module__].__file__).read_text()]
 
-    text = json.dumps(parts, default=describe)
-    sources = "".join(file.read_text() for file in sorted(files))
-    return hashlib.sha1((text + sources).encode()).hexdigest()[:12]
+    sources = [file.read_text() for file in sorted(SOURCES)]
+    return hashlib.sha1(json.dumps([parts, sources], default=describe).encode()).hexdigest()[:12]
 
 
 def teacher_key(job: Job) -> str:
+    """Jobs with the same one share a teacher."""
     return key(job.teacher, job.variant.network, job.variant.dataset)
 
 
@@ -154,33 +151,36 @@ def fit_teacher(job: Job) -> str:
     torch.set_num_threads(1)
     if not job.teacher:
         return distill.parser().parse_args(job.flags).pretrained_teacher_model
-    folder = WORK / f"teacher-{teacher_key(job)}"
-    if not (folder / "model_index.json").is_file():
+    folder, dataset = WORK / f"teacher-{teacher_key(job)}", job.variant.dataset
+    if not (folder / "model_index.json").is_file():  # it is written last
         args = teacher.parse([*job.teacher, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
         model = teacher.new_model(args, **job.variant.network)
         with contextlib.redirect_stderr(io.StringIO()):  # one progress bar for all is enough
-            teacher.train(args, model, job.variant.dataset(args.data) if job.variant.dataset else model.dataset(args))
+            teacher.train(args, model, dataset(args.data) if dataset else model.dataset(args))
     return str(folder)
 
 
 @functools.lru_cache(maxsize=8)
-def bench(name: str, *options) -> Bench:
-    return Bench(teacher.load(name), *options)
+def bench(name: str, *arguments, **options) -> Bench:
+    """A teacher's bench, made once in each process: its reference features and endpoints take longer than a student."""
+    return Bench(teacher.load(name), *arguments, **options)
 
 
 def prepare(job: Job) -> tuple[argparse.Namespace, DiffusionModel, Bench]:
-    """Flags, teacher and bench."""
-    name = fit_teacher(job)
+    """The job's flags as distill.py reads them, its teacher and its bench."""
+    name = fit_teacher(job)  # in a script it is there by now, and only found
     args, model = distill.configure([*job.flags, "--pretrained_teacher_model", name])
-    return args, model, bench(name, args.data, args.guidance_w, job.num_samples, job.features, args.mixed_precision)
+    options = {"features": job.features, "mixed_precision": args.mixed_precision}
+    return args, model, bench(name, args.data, job.num_samples, args.guidance_w, **options)
 
 
 def distil(job: Job) -> list[dict]:
-    """The student's rows, one for each time it is measured."""
+    """Trains a student. The result is its rows, one for each time that it is measured."""
+    rows = []
     with contextlib.redirect_stderr(io.StringIO()):
         args, model, place = prepare(job)
         dataset = job.variant.dataset(args.data) if job.variant.dataset else None
-        distillation, rows = distill.Distillation(args, model, dataset, **job.variant.parts), []
+        distillation = distill.Distillation(args, model, dataset, **job.variant.parts)
         for step, _ in distillation.steps():
             if step in job.at:
                 student, evaluations = distillation.student(), step * distill.forward_passes(args)
@@ -191,14 +191,14 @@ def distil(job: Job) -> list[dict]:
     return rows
 
 
-def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator[tuple[Job, object]]:
-    """Jobs and what the function made of them, in their order. To stop iterating cancels those not yet begun."""
+def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator:
+    """What the function made of each job, in their order. To stop iterating cancels the jobs not yet begun."""
     if processes == 1:
-        yield from ((job, function(job)) for job in jobs)
+        yield from map(function, jobs)
         return
     # "spawn": a forked process would inherit the threads of torch, which then wait for each other forever.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from zip(jobs, pool.map(function, jobs), strict=True)
+        yield from pool.map(function, jobs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,41 +207,43 @@ def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int)
 
 
 class Findings(NamedTuple):
-    """What was measured: rows by variant, in the order of seeds and times; what real data and the PF-ODE's ends have;
-    and all flags of distill.py for the first student."""
+    """What a script has measured, for its picture: rows by variant, in the order of seeds and then of steps; and the
+    first student's bench, which is everybody's where no variant changes the teacher."""
 
     rows: dict[str, list[dict]]
-    references: dict[str, dict[str, float]]
-    configuration: dict[str, object]
+    bench: Bench
 
     def columns(self) -> list[str]:
-        """Those with one number a row."""
+        """Those with one measured number a row. Others hold lists, or whole numbers that say which row it is."""
         first = next(iter(self.rows.values()))[0]
         return [column for column, value in first.items() if isinstance(value, float)]
 
     def of(self, variant: str, column: str) -> Tensor:
         """(seeds, times) or, where a row holds a list, (seeds, times, length)."""
-        by_seed: dict[int, list] = {}
-        for row in self.rows[variant]:
-            by_seed.setdefault(row["seed"], []).append(row[column])
-        return torch.tensor(list(by_seed.values()))
+        rows = self.rows[variant]
+        return torch.tensor([row[column] for row in rows]).unflatten(0, (rows[-1]["seed"] + 1, -1))
 
     def last(self, variant: str, column: str) -> tuple[float, float]:
         """Mean and standard deviation over the seeds, at the end of training."""
         values = self.of(variant, column)[:, -1]
         return values.mean().item(), values.std().item()
 
+    def summary(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """`last` by variant and column, as plots.dots takes it."""
+        return {name: {column: self.last(name, column) for column in self.columns()} for name in self.rows}
+
     def curves(self, column: str, x: str | list) -> dict[str, tuple]:
         """Lines of a plots.Panel, one for each variant: over another column's values, or over the list `x`."""
         lines = {}
         for name in self.rows:
             values = self.of(name, column)
-            values = values[:, -1] if values.ndim == 3 else values
+            values = values[:, -1] if values.ndim == 3 else values  # lists are drawn as they are at the end of training
             lines[name] = (self.of(name, x)[0] if isinstance(x, str) else x, values.mean(0), values.std(0))
         return lines
 
     def ends(self, variants: dict[str, dict[float, str]], column: str) -> dict[str, tuple]:
-        """Lines of a plots.Panel through the ends of variants, {line: {x: variant}}; those left out are skipped."""
+        """Lines of a plots.Panel through the ends of variants, {line: {x: variant}}; those that --only left out are
+        skipped."""
         lines = {}
         for line, points in variants.items():
             if ends := {x: self.last(variant, column) for x, variant in points.items() if variant in self.rows}:
@@ -250,117 +252,111 @@ class Findings(NamedTuple):
 
 
 class Laboratory:
-    """One script: its flags, its students, and the table, picture and record that it ends with."""
+    """One script: its flags, its students, and the table, picture and record that it ends with.
+
+    `doc` is the script's docstring, `defaults` are those of its flags. A script with several tables names them in
+    `questions`, and one of them is then its argument.
+    """
 
     def __init__(self, script: str, doc: str, questions: Iterable[str] = (), **defaults):
-        name = Path(script).stem
-        p = training.Parser(
-            prog=f"python -m toy.{name}", description=doc.splitlines()[2], formatter_class=training.Help
-        )
-        p.epilog = "All other flags are distill.py's, for all students."
+        name, about = Path(script).stem, doc.splitlines()[2]  # the docstring's first line is the command
+        p = training.Parser(prog=f"python -m toy.{name}", description=about, formatter_class=training.Help)
+        p.epilog, flag = "All other flags are distill.py's, for all students.", p.add_argument
         if questions:
-            p.add_argument("question", choices=list(questions), help="which of the tables")
-        p.add_argument("--pretrained_teacher_model", default="ideal:8gaussians", help="as of distill.py")
-        p.add_argument("--seeds", type=training.two_or_more, default=5, help="students of each kind")
-        p.add_argument(
-            "--budget", type=training.positive, default=9000, help="network evaluations of a student, in batches"
-        )
-        p.add_argument("--num_samples", type=training.positive, default=1024, help="by which a student is measured")
-        p.add_argument("--features", default="inception", help="of images, as of evaluate.py")
-        p.add_argument("--only", nargs="+", help="some of the students, by their names in the table")
-        p.add_argument(
-            "--processes", type=training.positive, help="students at a time (default: one a core, one on a GPU)"
-        )
-        p.add_argument("--save_samples", action="store_true", help="also a picture of one step of the first students")
-        p.add_argument("--quick", action="store_true", help="a few steps: shows that all works, and nothing else")
-        p.add_argument("--out", help="without suffix (default: toy/results/ and the script's name)")
+            flag("question", choices=list(questions), help="which of the tables")
+        flag("--pretrained_teacher_model", default="ideal:8gaussians", help="as of distill.py")
+        flag("--seeds", type=training.two_or_more, default=5, help="students of each kind")
+        flag("--budget", type=training.positive, default=9000, help="network evaluations of a student, in batches")
+        flag("--num_samples", type=training.positive, default=1024, help="by which a student is measured")
+        flag("--features", default="inception", help="of images, as of evaluate.py")
+        flag("--only", nargs="+", help="some of the students, by their names in the table")
+        flag("--processes", type=training.positive, help="students at a time (default: one a core, one on a GPU)")
+        flag("--save_samples", action="store_true", help="also a picture of one step of the first students")
+        flag("--quick", action="store_true", help="a few steps: shows that all works, and nothing else")
+        flag("--out", help="without suffix (default: toy/results/ and the script's name)")
         p.set_defaults(**defaults)
-        args, given = p.parse_known_args()
+        self.args, others = p.parse_known_args()
+        args = self.args
+        # The flags of all students. Where one comes twice the later counts: first defaults, then what was typed.
         points = args.pretrained_teacher_model.startswith(POINTS)
         self.flags = ["--train_batch_size", "128"] if points else []
-        self.flags += ["--pretrained_teacher_model", args.pretrained_teacher_model, *given]
+        self.flags += ["--pretrained_teacher_model", args.pretrained_teacher_model, *others]
         if args.quick:
             args.seeds, args.budget, args.num_samples, args.processes = 2, 50, 64, 1
             self.flags += ["--train_batch_size", "16", "--lr_warmup_steps", "0"]
+        # More processes than eight would need much memory, and on a GPU they would only wait for each other.
         args.processes = args.processes or (1 if torch.accelerator.is_available() else min(8, os.cpu_count() or 1))
         name += f"_{args.question}" if questions else ""
-        self.args, self.out = args, Path(args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}")
+        self.out = Path(args.out or f"{WORK / 'quick' if args.quick else 'toy/results'}/{name}")
         writable_folder(self.out.parent)
         writable_folder(WORK)
 
-    def job(self, name: str, variant: Variant, seed: int, measure: Measure, at: Iterable[float]) -> Job:
+    def job(self, name: str, variant: Variant, seed: int, measure: Callable, at: Iterable[float]) -> Job:
         """A student that is measured `at` these parts of its training, whose length the budget decides."""
         args = self.args
-        flags = [*self.flags, *shlex.split(variant.flags), "--seed", str(seed), "--output_dir", str(WORK)]
+        flags = [*self.flags, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(WORK)]
         parsed = distill.parser().parse_args(flags)
         steps = parsed.max_train_steps or max(1, args.budget // distill.forward_passes(parsed))
         flags += ["--max_train_steps", str(steps)]
-        fitted = []
-        if parsed.pretrained_teacher_model.startswith(POINTS):
+        data, fitted = parsed.pretrained_teacher_model, []
+        if data.startswith(POINTS):  # each seed has a teacher of its own, with other starting weights and data
             quick = "--max_train_steps 30 --train_batch_size 32" if args.quick else ""
-            fitted = ["--data", parsed.pretrained_teacher_model, "--seed", str(seed)]
-            fitted += shlex.split(f"{quick} {variant.teacher}")
+            fitted = ["--data", data, "--seed", str(seed), *quick.split(), *variant.teacher.split()]
         times, save = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
         return Job(name, variant, flags, fitted, times, measure, args.num_samples, args.features, save)
 
-    def bench(self) -> Bench:
-        """That of the first seed, where no variant changes the teacher."""
-        return prepare(self.job("", Variant(), 0, quality, ()))[2]
-
     def report(
-        self,
-        variants: dict[str, Variant],
-        picture: Callable[[Findings], Image.Image],
-        measure: Measure = quality,
-        at: Iterable[float] = (1,),
+        self, variants: dict[str, Variant], picture: Callable[[Findings], Image.Image], measure=quality, at=(1,)
     ) -> None:
-        """The whole script. What an interrupted call has measured lies in WORK, and is forgotten when all is
-        written."""
+        """The whole script: trains the students, `measure`s them `at` these parts of their training, draws and writes.
+
+        What an interrupted call has measured lies in WORK, and is forgotten when all is written.
+        """
         args = self.args
-        if unknown := set(args.only or ()) - set(variants):
-            raise BadInput(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(variants)}")
+        unknown = sorted(set(args.only or ()) - set(variants))
+        refuse(unknown, f"--only: {', '.join(unknown)} is none of {', '.join(variants)}")
         names = [name for name in variants if name in (args.only or variants)]
         jobs = [self.job(name, variants[name], seed, measure, at) for name in names for seed in range(args.seeds)]
-        records = {WORK / f"{key(job)}.json": job for job in jobs}
+        # Teachers first: two processes that need the same one must not both fit it.
         teachers = {teacher_key(job): job for job in jobs if job.teacher}
         fitting = run_jobs(fit_teacher, list(teachers.values()), args.processes)
-        list(tqdm(fitting, desc="teachers", total=len(teachers), leave=False))
-        missing = [job for path, job in records.items() if not path.is_file()]
-        trained = run_jobs(distil, missing, args.processes)
-        progress = {"total": len(jobs), "initial": len(jobs) - len(missing), "leave": False}
-        for job, rows in tqdm(trained, desc="students", **progress):
-            draft = WORK / f"{key(job)}.tmp"
+        list(tqdm(fitting, "teachers", len(teachers), leave=False))
+        records = {WORK / f"{key(job)}.json": job for job in jobs}
+        missing = [path for path in records if not path.is_file()]
+        trained = run_jobs(distil, [records[path] for path in missing], args.processes)
+        progress = tqdm(trained, "students", len(jobs), leave=False, initial=len(jobs) - len(missing))
+        for path, rows in zip(missing, progress, strict=True):
+            draft = path.with_suffix(".tmp")  # renamed when complete: whatever is called .json is whole
             draft.write_text(json.dumps(rows))
-            draft.rename(draft.with_suffix(".json"))
+            draft.rename(path)
         rows = {name: [] for name in names}
         for path, job in records.items():
             rows[job.name] += json.loads(path.read_text())
-        configuration, _, place = prepare(jobs[0])
-        references = {"held-out data": place.held_out_data(), "teacher, PF-ODE": place.distances(place.endpoint)}
-        findings = Findings(rows, references, vars(configuration))
-        self._write(findings, picture(findings), {name: variants[name].flags for name in names})
+        first, _, place = prepare(jobs[0])
+        found, flags = Findings(rows, place), {name: variants[name].flags for name in names}
+        self._write(found, picture(found), {"students": flags, "first student": vars(first)})
         for path in records:
             path.unlink()
 
-    def _write(self, found: Findings, picture: Image.Image, flags: dict[str, str]) -> None:
-        """Prints the table, and writes it beside the picture and the rows."""
-        summary = {name: {column: found.last(name, column) for column in found.columns()} for name in found.rows}
-        lines = []
+    def _write(self, found: Findings, picture: Image.Image, students: dict[str, dict]) -> None:
+        """Prints the table, and writes it beside the picture and the rows. `students` are parts of the record."""
+        place, summary, table = found.bench, found.summary(), []
+        references = {"held-out data": place.held_out_data(), "teacher, PF-ODE": place.distances(place.endpoint)}
         for name, values in summary.items():
             cells = {column: f"{mean:.3g} ± {deviation:.2g}" for column, (mean, deviation) in values.items()}
-            lines.append({"student": name, "steps": found.rows[name][-1]["step"], **cells})
-        print_rows(lines)
-        for name, values in found.references.items():
+            table.append({"student": name, "steps": found.rows[name][-1]["step"], **cells})
+        print_rows(table)
+        for name, values in references.items():
             print(f"{name}: {', '.join(f'{column} {value:.4g}' for column, value in values.items())}")
         picture.save(f"{self.out}.png")
-        lasts = {name: rows[len(rows) // self.args.seeds - 1] for name, rows in found.rows.items()}  # of the first seed
-        if samples := {name: torch.tensor(row.pop("samples")) for name, row in lasts.items() if "samples" in row}:
-            place = self.bench()
+        # Samples are drawn and not recorded. Only the first seed's last row has them, and only with --save_samples.
+        kept = {name: row for name, rows in found.rows.items() for row in rows if "samples" in row}
+        if samples := {name: torch.tensor(row.pop("samples")) for name, row in kept.items()}:
             panels = {"teacher, PF-ODE": place.endpoint[: preview(place.model)[0]], **samples}
             overview(place.model, panels).save(f"{self.out}-samples.png")
         threads = f"{self.args.processes} times one CPU thread"
         record = {"machine": machine() if torch.accelerator.is_available() else threads, "flags": vars(self.args)}
-        record |= {"all students": shlex.join(self.flags), "students": flags, "first student": found.configuration}
-        record |= {"references": found.references, "summary": summary, "rows": found.rows}
+        record |= {"all students": shlex.join(self.flags), **students, "references": references}
+        record |= {"summary": summary, "rows": found.rows}
         Path(f"{self.out}.json").write_text(json.dumps(record, indent=1))
         print(f"{self.out}.png  {self.out}.json")

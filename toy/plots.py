@@ -8,7 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")  # no window
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+import torch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +17,7 @@ LIMIT = 1.6  # half the width of a panel, in data units
 
 
 def _rendered(figure: plt.Figure) -> Image.Image:
+    """The figure as a picture. It is closed: matplotlib would keep it in memory."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
@@ -23,6 +25,7 @@ def _rendered(figure: plt.Figure) -> Image.Image:
 
 
 def _scatter(axis: plt.Axes, points: Tensor, title: str) -> None:
+    """All panels of points show the same square, so that they can be compared."""
     axis.scatter(*points.T, s=1.5, alpha=0.5, linewidths=0, color="tab:blue")
     axis.set(title=title, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
 
@@ -47,24 +50,26 @@ class SubPath(NamedTuple):
 
 def overview(panels: dict[str, Tensor], sub_path: SubPath) -> Image.Image:
     """A panel for each named batch of points, one of trajectories, and two of a sub-path: in x and in z = x/α."""
-    columns = max(3, (len(panels) + 4) // 2)
+    columns = max(3, (len(panels) + 4) // 2)  # two rows, for the batches and three more panels
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6.2), layout="constrained")
-    axes = list(axes.flat)
-    for axis, (title, points) in zip(axes, panels.items(), strict=False):
+    for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
         _scatter(axis, points, title)
-    whole, in_x, in_z, *unused = axes[len(panels) :]
+    whole, in_x, in_z, *unused = axes.flat[len(panels) :]
     whole.plot(*sub_path.trajectories.movedim(2, 0), color="tab:blue", lw=1)
     whole.plot(*sub_path.piece.T, color="black", lw=3)
     whole.set(title="PF-ODE, and one sub-path", aspect="equal", xticks=[], yticks=[])
     for axis, name, scale in ((in_x, "x", sub_path.alpha**0), (in_z, "z", sub_path.alpha)):
+        # In x the line starts at r x_s, beside the PF-ODE; in z, where r is divided out, it is a chord of the
+        # PF-ODE's curve.
         piece, line = sub_path.piece / scale, sub_path.line / scale[0]  # all of the line has the signal of its start
         axis.plot(*piece.T, color="black", lw=2, label="PF-ODE")
-        axis.plot(*line.T, color="tab:red", marker="|", ms=7, lw=1, label="line, γ = 0, 0.1 … 1")
+        axis.plot(*line.T, color="tab:red", marker=".", ms=5, lw=1, label="line, γ = 0, 0.1 … 1")
         ends = {f"{name}_t": piece[0], f"{name}_s": piece[-1]} | ({"r x_s": line[0]} if name == "x" else {})
         for label, point in ends.items():
             axis.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=9)
-        axis.set(title=f"{sub_path.title} in {'x' if name == 'x' else 'z = x/α'}", xticks=[], yticks=[])
-        axis.set_aspect("equal", adjustable="datalim")
+        title = f"{sub_path.title} in {'x' if name == 'x' else 'z = x/α'}"
+        # A sub-path may be long and thin. So the axis shows more of the plane around it, in the panel's own shape.
+        axis.set(title=title, xticks=[], yticks=[], adjustable="datalim", aspect="equal")
         axis.legend(loc="best", fontsize=7, frameon=False)
     for axis in unused:
         axis.set_axis_off()
@@ -88,35 +93,36 @@ def curves(*panels: Panel) -> Image.Image:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=True):
         for i, (name, (x, mean, deviation)) in enumerate(panel.series.items()):
+            # matplotlib has ten colours. A marker shows where a short curve was measured.
             style = {"color": f"C{i % 10}", "marker": "." if len(x) < 20 else None, "ls": "--" if i > 9 else "-"}
             axis.plot(x, mean, label=name, **style)
             if deviation is not None:
-                low, high = zip(*((m - d, m + d) for m, d in zip(mean, deviation, strict=True)), strict=True)
-                axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                mean, deviation = torch.as_tensor(mean), torch.as_tensor(deviation)
+                axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
         if panel.ticks:
             axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
-            axis.xaxis.set_minor_locator(NullLocator())
-        if panel.yscale == "log":
+            axis.set_xticks([], minor=True)
+        if panel.yscale == "log":  # 1, 2 and 5 of each power of ten, written out: errors span little more than one
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_minor_formatter("")
+        # The legend is below the axis, where it hides no curve.
         columns = max(1, min(3, 102 // (6 + max(map(len, panel.series)))))  # as many names as fit below an axis
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, fontsize=7)
     return _rendered(figure)
 
 
-def dots(columns: dict[str, dict[str, tuple[float, float]]]) -> Image.Image:
-    """A panel for each column, {name: (mean, deviation)}, with a line for each name."""
-    names = list(next(iter(columns.values())))
-    size = (2.2 + 3 * len(columns), 0.9 + 0.24 * len(names))
+def dots(summary: dict[str, dict[str, tuple[float, float]]], columns: Sequence[str]) -> Image.Image:
+    """A panel for each column of {name: {column: (mean, deviation)}}, with a line for each name."""
+    size = (2.2 + 3 * len(columns), 0.9 + 0.24 * len(summary))  # inches: room for names, and for lines of text
     figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, (column, values) in zip(axes.flat, columns.items(), strict=True):
-        mean, deviation = zip(*values.values(), strict=True)
-        axis.errorbar(mean, names, xerr=deviation, fmt=".", color="tab:blue", ecolor="tab:gray", capsize=2)
+    for axis, column in zip(axes.flat, columns, strict=True):
+        mean, deviation = zip(*(values[column] for values in summary.values()), strict=True)
+        axis.errorbar(mean, list(summary), xerr=deviation, fmt=".", color="tab:blue", ecolor="tab:gray", capsize=2)
         axis.set(title=column, xlim=(0, None))
         axis.grid(axis="y", alpha=0.3)
-    axes.flat[0].invert_yaxis()
+    axes.flat[0].invert_yaxis()  # the axis is shared by all panels; the first name comes first
     return _rendered(figure)
 
 

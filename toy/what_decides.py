@@ -88,7 +88,7 @@ def variants(question: str) -> dict[str, Variant]:
 
 def picture(found: Findings) -> Image.Image:
     """Map error, its 95th percentile and W2 of each student."""
-    return plots.dots({c: {name: found.last(name, c) for name in found.rows} for c in found.columns()[:3]})
+    return plots.dots(found.summary(), found.columns()[:3])
 
 
 @program
