@@ -23,6 +23,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,9 +81,8 @@ def writable_folder(path: str | Path) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have removed it already
+        # A file that vanishes again. Permissions alone do not tell: a disk may be full, or mounted for reading only.
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
     return folder
@@ -102,11 +102,19 @@ def read_prompts(values: list[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of 0..length-1. Each epoch has a seed of its own, so that a run can begin in any of them."""
+    shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=shuffle).tolist()
+
+
 class EndlessBatches(Sampler):
     """Batches of indices, epoch after epoch, each in a new order; where one is in this stream is a plain number.
 
-    A batch of the whole run is `batch_size * world` indices in a row, of which process `rank` takes its own part. So
-    the stream depends neither on the number of processes nor on interruptions: to resume is to begin at batch `start`.
+    All epochs in a row are one endless list of indices. A batch of the whole run is `batch_size * world` of them in a
+    row, of which process `rank` takes its own part. So the stream depends neither on the number of processes nor on
+    interruptions: to resume is to begin at batch `start`. A batch that an epoch cannot fill goes on in the next epoch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
@@ -115,20 +123,10 @@ class EndlessBatches(Sampler):
         self.start, self.rank, self.world = start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        # `position` counts items from the first epoch's beginning: its quotient by the length is the epoch.
-        position = (self.start * self.world + self.rank) * self.batch_size
-        epoch, order = -1, []
-        while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.length != epoch:
-                    epoch = p // self.length
-                    # A seed for each epoch, so that a run can begin in any of them.
-                    shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.length, generator=shuffle).tolist()
-                batch.append(order[p % self.length])
-            yield batch
-            position += self.batch_size * self.world
+        whole = self.batch_size * self.world  # items of all processes; `first` counts from the first epoch's beginning
+        for first in itertools.count(self.start * whole + self.rank * self.batch_size, whole):
+            places = range(first, first + self.batch_size)
+            yield [epoch_order(self.length, self.seed, p // self.length)[p % self.length] for p in places]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,11 +138,9 @@ POINTS = ("toy:", "ideal:")  # how the names of 2-D distributions begin; teacher
 
 def distribution(name: str) -> GaussianMixture:
     """The mixture of "toy:moons" or "ideal:moons"."""
-    kind, _, which = name.partition(":")
-    known = ", ".join(f"toy:{known}" for known in DISTRIBUTIONS)
-    unknown = f"{kind}:" not in POINTS or which not in DISTRIBUTIONS
-    refuse(unknown, f"unknown 2-D distribution {name!r}: choose from {known}")
-    return DISTRIBUTIONS[which]
+    known = {kind + which: mixture for kind in POINTS for which, mixture in DISTRIBUTIONS.items()}
+    refuse(name not in known, f"unknown 2-D distribution {name!r}: choose from {', '.join(known)}")
+    return known[name]
 
 
 class Points(Dataset):
@@ -200,7 +196,8 @@ def to_range(pixels: Tensor) -> Tensor:
 def image_files(folder: str, split: str) -> list[Path]:
     """The images below `folder/split`, or below `folder` for the train split of a folder without splits.
 
-    None is an error, except for a folder whose name begins with cifar10: torchvision can fill that one.
+    None is an error, except for a folder whose name begins with cifar10: torchvision can fill that one. The test split
+    has no such way out. Training images in its place would make any model look better than it is.
     """
     root = Path(folder) / split
     if split == "train" and not root.is_dir():
@@ -255,16 +252,17 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
     files = image_files(folder, split)
     if not files:
         return _torchvision_cifar10(folder, split, resolution, mirror)
+    # A class is the name of the folder that an image lies in. Its number is its place in the alphabet, which is the
+    # same for the train and the test split, and for all processes.
     classes = sorted({path.parent.name for path in files})
-    # A class is the name of the folder that an image lies in.
     pixels, labels = [], []
     for path in tqdm(files, desc=f"images {folder}", unit="img", leave=False, mininterval=1):
         if (image := read_image(path, resolution)) is None:
             continue
         pixels.append(image)
         labels.append(classes.index(path.parent.name))
-        (_, height, width), size = image.shape, len(pixels[0][0])
-        refuse(height != size or width != size, f"{path} is {width}x{height} pixels, expected {size}x{size}")
+        (_, height, width), size = image.shape, pixels[0].shape[1]
+        refuse((height, width) != (size, size), f"{path} is {width}x{height} pixels, expected {size}x{size}")
     if broken := len(files) - len(pixels):
         log.warning("skipped %d broken of %d files in %s", broken, len(files), folder)
     refuse(not pixels, f"no readable images in {folder}: all {broken} are broken")
@@ -272,16 +270,16 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
 
 
 def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror: bool) -> Images:
+    """CIFAR-10's arrays as torchvision has them, downloaded below `folder` if they are not there yet."""
     import torchvision  # takes a second, and few need it
 
     try:
         cifar = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"no images in {folder}, and CIFAR-10 could not be downloaded: {error}") from None
-    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    if resolution and pixels.shape[-1] != resolution:
-        pixels = torch.stack([centre_square(Image.fromarray(image), resolution) for image in cifar.data])
-    return Images(pixels, torch.tensor(cifar.targets), cifar.classes, mirror)
+    # An image that has this resolution already is not changed by it, not by a single bit.
+    squares = [centre_square(Image.fromarray(image), resolution or 32) for image in cifar.data]
+    return Images(torch.stack(squares), torch.tensor(cifar.targets), cifar.classes, mirror)
 
 
 def reference_set(data: str, split: str, resolution: int | None) -> Tensor | ImageFiles:
@@ -297,7 +295,7 @@ def reference_set(data: str, split: str, resolution: int | None) -> Tensor | Ima
 # Images with captions
 # ---------------------------------------------------------------------------------------------------------------------
 
-Tokenize = Callable[[list[str]], Tensor]
+Tokenize = Callable[[list[str]], Tensor]  # captions -> tokens (B, L)
 Batches = Iterator[tuple[Tensor, Tensor]]  # pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
 Part = tuple[str, Callable[[], Batches]]  # what the cache encodes into one file: its name, and how to read it
 
@@ -387,15 +385,12 @@ class CaptionFolder(Pairs, Dataset):
         # In webdataset's form, so that read_pair can be the same: __url__ and __key__ name a sample in the log. Images
         # are kept as paths and opened when they are needed; captions are small, and kept.
         root, self.samples = Path(data), []
-        refuse(not root.is_dir(), f"no such folder: {root}")
-        metadata = self._metadata(root / "metadata.jsonl")
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        metadata, files = self._metadata(root / "metadata.jsonl"), image_files(data, "")
         for path in files:
             name, text = path.relative_to(root), path.with_suffix(".txt")
             if name in metadata or text.is_file():
                 caption = {"json": metadata[name]} if name in metadata else {"txt": text.read_bytes()}
                 self.samples.append({"__url__": root, "__key__": name, path.suffix[1:].lower(): path, **caption})
-        refuse(not files, f"no images in {root}")
         how = "expected 0.txt beside 0.jpg, and so on, or a metadata.jsonl"
         refuse(not self.samples, f"no captions in {root}: {how}")
         if len(self) < len(files):
@@ -409,8 +404,8 @@ class CaptionFolder(Pairs, Dataset):
         for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
             try:
                 row = json.loads(line)
-                name, _ = row["file_name"], row["text" if "text" in row else "caption"]
-                lines[Path(name)] = line
+                row["text" if "text" in row else "caption"]  # a line without a caption is a bad line too
+                lines[Path(row["file_name"])] = line
             except (ValueError, TypeError, KeyError):
                 raise BadInput(f'{file}, line {number} is not {{"file_name": "0.jpg", "text": "a caption"}}') from None
         return lines
@@ -471,8 +466,7 @@ class Shards(Pairs, IterableDataset):
         """Refuses more readers than shards. A run calls it beforehand: inside a loader's process it prints many
         lines."""
         why = f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers"
-        rule = "processes times --dataloader_num_workers must not be more than the shards"
-        refuse(len(self.urls) < readers, f"{why}: {rule}")
+        refuse(len(self.urls) < readers, f"{why}, which are processes times --dataloader_num_workers")
 
     def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> IterableDataset:
         """Batches without end for process `rank` of `world`, for DataLoader(batch_size=None).
@@ -522,17 +516,13 @@ def load_pairs(data: str, options: tuple, tokenize: Tokenize) -> CaptionFolder |
 
 
 def cache_pairs(
-    dataset: CaptionFolder | Shards,
-    folder: str,
-    made_from: dict,
-    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    rank: int,
-    world: int,
+    dataset: CaptionFolder | Shards, folder: str, made_from: dict, encode: Callable, rank: int, world: int
 ) -> None:
     """Encodes each part of the data into a file of its own, and keeps those that an interrupted run has left.
 
-    `made_from` says what the result depends on; a folder that was made from anything else is refused. Process `rank` of
-    `world` does its share only: the caller waits for the others before it reads.
+    `encode` turns pixels (B, 3, R, R) and tokens (B, L) into latents and text embeddings. `made_from` says what the
+    result depends on; a folder that was made from anything else is refused. Process `rank` of `world` does its share
+    only: the caller waits for the others before it reads.
     """
     # cache.json is written first and names all parts; a part is there as soon as its file has its final name. What an
     # interruption leaves is therefore always either complete or seen to be missing.
@@ -583,6 +573,6 @@ class CachedLatents(Dataset):
             return part.get_slice("x0")[row], part.get_slice("cond")[row]
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once."""
+        """A whole batch at once: latents (B, C, h, w) and text embeddings (B, L, D)."""
         x0, cond = zip(*map(self._row, indices), strict=True)
         return torch.stack(x0), torch.stack(cond)

@@ -298,24 +298,21 @@ class StableDiffusion(DiffusionModel):
     def load(cls, name: str, index: dict) -> "StableDiffusion":
         from diffusers import StableDiffusionPipeline
 
-        # The safety checker and its kin are not loaded: they would cost memory and are not distilled.
-        unused = {key: None for key in UNUSED_PARTS if key in index}
-        pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **unused)
-        pipeline.register_to_config(**({"requires_safety_checker": False} if unused else {}))
-        return cls(pipeline, name)
+        # The safety checker and its kin are not loaded: they would cost memory and are not distilled. Without the flag
+        # diffusers would warn of it, and so would everyone who loads the student.
+        options = {"use_safetensors": True, "requires_safety_checker": False, **dict.fromkeys(UNUSED_PARTS)}
+        return cls(StableDiffusionPipeline.from_pretrained(name, **options), name)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
-        for module in (self.vae, self.text_encoder):
-            module.to(device)
+        self.vae.to(device)
+        self.text_encoder.to(device)
         self.network.to(device, dtype)
         return self
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> tokens (n, L). What is longer than L is cut off."""
-        tokenizer = self.pipeline.tokenizer
-        length = tokenizer.model_max_length
-        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(texts), **options).input_ids
+        """Texts -> tokens (n, L), where L = 77 is all that CLIP can take. What is longer is cut off."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.pipeline.tokenizer(list(texts), **options).input_ids
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Pixels and tokens; with --cache_latents, latents and embeddings, which are made now if they are not there."""
@@ -334,7 +331,7 @@ class StableDiffusion(DiffusionModel):
         def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad(), training.autocast(state.device, args.mixed_precision):
                 x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
-            return x0.cpu(), cond["encoder_hidden_states"].cpu()
+            return x0, cond["encoder_hidden_states"]
 
         data.cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
         state.wait_for_everyone()
@@ -440,17 +437,20 @@ def load(name: str) -> DiffusionModel:
 
 
 def _read_index(name: str) -> dict:
-    """model_index.json of a folder or hub id."""
+    """model_index.json of a folder or hub id.
+
+    diffusers could read a folder's too. But to ask it is to import its pipelines, and with them transformers.
+    """
+    problem = f"no pipeline folder and no reachable hub id: {name}"
     try:
         if Path(name).exists():
+            problem = f"{name} is no pipeline folder: it has no model_index.json that can be read"
             return json.loads((Path(name) / "model_index.json").read_text())
         from diffusers import DiffusionPipeline
 
         return DiffusionPipeline.load_config(name)
     except (OSError, ValueError) as error:
-        if Path(name).exists():
-            raise data.BadInput(f"{name} is no pipeline folder: it has no model_index.json that can be read") from error
-        raise data.BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
+        raise data.BadInput(problem) from error
 
 
 def _silence_libraries(kind: type[DiffusionModel]) -> None:
@@ -560,9 +560,8 @@ def _new_unet(args: argparse.Namespace) -> nn.Module:
     images, channels = data.load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
     size, levels = images.samples.shape[-1], len(channels)
     impossible = size % 2 ** (levels - 1) or any(width % 8 for width in channels)
-    data.refuse(
-        impossible, f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times, or no multiple of 8"
-    )
+    why = f"{size} pixels cannot be halved {levels - 1} times, or no multiple of 8"
+    data.refuse(impossible, f"--block_out_channels: {why}")
     attention = min(2, levels - 1)
     down = ["AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)]
     up = [name.replace("Down", "Up") for name in reversed(down)]
@@ -623,10 +622,8 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
 
 def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
     """The condition, and the null condition where `dropped` (B,) says so."""
-    mixed = {}
-    for key, value in cond.items():
-        mixed[key] = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[key], value)
-    return mixed
+    where = {key: dropped.view(-1, *[1] * (value.ndim - 1)) for key, value in cond.items()}  # (B, 1, ...), as its value
+    return {key: torch.where(where[key], null[key], value) for key, value in cond.items()}
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -123,9 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--dataloader_num_workers", type=count, default=0, help="processes that read data")
     flag = parser.add_argument_group("output, checkpoints and logs").add_argument
     flag("--output_dir", help="all that the run writes lies below it (default: runs/ and a name)")
-    flag(
-        "--overwrite", action="store_true", help="start anew where an earlier run has been: its checkpoints are deleted"
-    )
+    flag("--overwrite", action="store_true", help="start anew, and delete an earlier run's checkpoints")
     flag("--checkpointing_steps", type=positive, default=500, help="steps between checkpoints")
     flag("--checkpoints_total_limit", type=positive, default=2, help="older checkpoints are deleted")
     flag("--resume_from_checkpoint", help='a checkpoint folder, or "latest": that of --output_dir, if there is one')
@@ -176,9 +174,11 @@ def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Flags that may differ between a checkpoint and the run that resumes it: they change nothing of what is computed.
+# Flags that may differ between a checkpoint and the run that resumes it: they change nothing of what is computed. The
+# last two count together with the number of processes, as the total batch size.
 FREE_FLAGS = """output_dir overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
-validation_steps num_eval_samples prompts dataloader_num_workers benchmark timed_steps""".split()
+validation_steps num_eval_samples prompts dataloader_num_workers benchmark timed_steps
+train_batch_size gradient_accumulation_steps""".split()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -209,9 +209,7 @@ class Run:
     The attributes accelerator, model, optimizer and lr_scheduler are ready to be used; `step` counts finished steps.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, model: nn.Module, dataset: Dataset | Shards, averages: dict[str, nn.Module]
-    ):
+    def __init__(self, args: argparse.Namespace, model: nn.Module, dataset: Dataset, averages: dict[str, nn.Module]):
         from diffusers.optimization import get_scheduler  # diffusers takes seconds: --help must not wait for it
 
         # The order below matters: accelerate must know the devices before anything is moved to one, the optimizer
@@ -234,8 +232,8 @@ class Run:
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
         optimizer = _adamw(args)(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-        lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-        lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lengths)
+        # None stands for the rules of a schedule in pieces, which has no flag here.
+        lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # of accelerate launch --use_fsdp
         if fsdp:
             refuse(fsdp.fsdp_version == 1, "FSDP of version 1 is not supported: --fsdp_version 2 for accelerate launch")
@@ -257,8 +255,7 @@ class Run:
     @property
     def total_batch_size(self) -> int:
         """Samples in one optimizer step, over micro-batches and processes."""
-        micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return self.args.train_batch_size * micro_batches
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
     def steps(self) -> tqdm:
         """The numbers of the steps that are left, from 1 in a new run, with a progress bar."""
@@ -326,8 +323,7 @@ class Run:
             for name, weights in averages.items():
                 save_file(weights, draft / f"{name}.safetensors")
             (draft / "configuration.json").write_text(json.dumps(self._configuration(), indent=2))
-            if final.exists():  # of a run that had gone on from here before
-                shutil.rmtree(final)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that had gone on from here before
             draft.rename(final)
             for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
@@ -336,8 +332,7 @@ class Run:
     def _configuration(self) -> dict:
         """All that decides what is computed. A batch of 64 and two micro-batches of 32 are the same thing."""
         fixed = {name: value for name, value in vars(self.args).items() if name not in FREE_FLAGS}
-        batch = fixed.pop("train_batch_size") * fixed.pop("gradient_accumulation_steps")
-        return {**fixed, "total_batch_size": batch * self.accelerator.num_processes}
+        return {**fixed, "total_batch_size": self.total_batch_size}
 
     def _differences(self, path: Path) -> list[str]:
         """What is another configuration in the checkpoint than in this run."""
@@ -349,35 +344,34 @@ class Run:
 
     def _begin(self) -> None:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
-        args, earlier = self.args, checkpoints(self.folder)
+        args, earlier, path = self.args, checkpoints(self.folder), self.args.resume_from_checkpoint
         if args.overwrite:  # the two waits: nobody deletes before all have looked, nobody writes before all is deleted
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                for path in earlier:
-                    shutil.rmtree(path)
+                for checkpoint in earlier:
+                    shutil.rmtree(checkpoint)
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
-        elif args.resume_from_checkpoint == "latest":
-            if earlier:
-                self._resume(earlier[-1])
-        elif args.resume_from_checkpoint:
-            self._resume(Path(args.resume_from_checkpoint))
-        elif earlier and _step_of(earlier[-1]) == args.max_train_steps and not self._differences(earlier[-1]):
-            # The same command a second time: there is nothing left to train, and its results are made again.
-            log.warning("%s holds this run, finished: --overwrite trains it anew", self.folder)
-            self._resume(earlier[-1])
+            return
+        if path == "latest":
+            path = earlier[-1] if earlier else None  # None: the first of several equal commands begins the run
+        elif not path and earlier and _step_of(earlier[-1]) == args.max_train_steps:
+            if not self._differences(earlier[-1]):
+                # The same command a second time: there is nothing left to train, and its results are made again.
+                log.warning("%s holds this run, finished: --overwrite trains it anew", self.folder)
+                path = earlier[-1]
+        if path:
+            path = Path(path)
+            differences = self._differences(path)
+            refuse(differences, f"{path} is of another configuration: {', '.join(differences)}")
+            # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded
+            # format is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
+            self.accelerator.load_state(str(path))
+            # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
+            for name, module in self.averages.items():
+                weights = load_file(path / f"{name}.safetensors")
+                set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+            self.step = _step_of(path)
         elif earlier:
             ways = "--resume_from_checkpoint latest goes on with it, --overwrite starts anew"
             raise BadInput(f"{self.folder} holds {earlier[-1].name} of an earlier run: {ways}")
-
-    def _resume(self, path: Path) -> None:
-        differences = self._differences(path)
-        refuse(differences, f"{path} is of another configuration: {', '.join(differences)}")
-        # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded format
-        # is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
-        self.accelerator.load_state(str(path))
-        # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
-        for name, module in self.averages.items():
-            weights = load_file(path / f"{name}.safetensors")
-            set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
-        self.step = _step_of(path)

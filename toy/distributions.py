@@ -75,37 +75,35 @@ class GaussianMixture:
             return self.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, lam * alpha, label, w).flatten().numpy()
 
         z, lam = (x / alpha).double().flatten().numpy(), (sigma / alpha).item()
-        return (
-            torch.from_numpy(solve_ivp(slope, (lam, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y[:, -1]).view(-1, 2).to(x)
-        )
+        path = solve_ivp(slope, (lam, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y  # (2 B, the solver's times)
+        return torch.from_numpy(path[:, -1]).view(-1, 2).to(x)
 
 
-def _eight_gaussians() -> GaussianMixture:
-    angle = torch.arange(8) * math.pi / 4
-    return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), 0.08, classes=torch.arange(8))
+def _on_circle(angle: Tensor) -> Tensor:
+    return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def _moons(std: float) -> GaussianMixture:
-    angle = torch.linspace(0, math.pi, 32)
-    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
-    classes = torch.arange(2).repeat_interleave(32)
-    return GaussianMixture(0.75 * torch.cat([upper, -upper]), std, classes)
+    """Two half circles that interlock. The second is the first, turned by half a turn."""
+    upper = _on_circle(torch.linspace(0, math.pi, 32)) - torch.tensor([0.5, 0.25])
+    return GaussianMixture(0.75 * torch.cat([upper, -upper]), std, classes=torch.arange(2).repeat_interleave(32))
 
 
 def _spiral() -> GaussianMixture:
+    """The square root makes steps of equal length: far out, a turn is longer."""
     turn = torch.linspace(0.15, 1, 96).sqrt()
-    angle = 4 * math.pi * turn
-    return GaussianMixture(1.2 * torch.stack([turn * angle.cos(), turn * angle.sin()], 1), 0.04)
+    return GaussianMixture(1.2 * (turn[:, None] * _on_circle(4 * math.pi * turn)), 0.04)
 
 
 def _checkerboard() -> GaussianMixture:
+    """Every second square of four by four, each filled by five by five Gaussians that overlap."""
     corner = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0])
     inside = (torch.cartesian_prod(torch.arange(5), torch.arange(5)) + 0.5) / 5
     return GaussianMixture(0.6 * ((corner[:, None] + inside).reshape(-1, 2) - 2), 0.05)
 
 
 DISTRIBUTIONS = {
-    "8gaussians": _eight_gaussians(),
+    "8gaussians": GaussianMixture(_on_circle(torch.arange(8) * math.pi / 4), 0.08, classes=torch.arange(8)),
     "moons": _moons(0.06),
     "clouds": _moons(0.25),  # so wide that the two classes overlap
     "checkerboard": _checkerboard(),

@@ -17,10 +17,9 @@ from data import program
 from splam import ConsistencyFunction, multiple_estimation
 from teacher import DiffusionModel
 from toy import plots
-from toy.fig2b_convergence import STUDENTS
+from toy.fig2b_convergence import STUDENTS as VARIANTS
 from toy.laboratory import Bench, Findings, Laboratory, quality
 
-VARIANTS = STUDENTS
 TIMES = list(range(999, 100, -20))  # as the paper's figure: 20 apart, and not below 100
 
 
