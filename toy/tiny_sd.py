@@ -160,7 +160,13 @@ def main() -> None:
     images = load_images(args.data, mirror=True)
     shards = write_shards(images, Path(args.shards))
     set_seed(args.seed)  # of the initial weights
-    tokenizer = make_tokenizer([caption(name, i) for name in images.classes for i in range(len(TEMPLATES))])
+    # Kept: made again after an interruption, it might number the tokens otherwise than the trained text encoder.
+    kept = folder / "training-tokenizer"
+    if kept.is_dir():
+        tokenizer = CLIPTokenizer.from_pretrained(kept)
+    else:
+        tokenizer = make_tokenizer([caption(name, i) for name in images.classes for i in range(len(TEMPLATES))])
+        tokenizer.save_pretrained(kept)
     text_encoder = train_text_encoder(stage("training-clip", max_train_steps=args.clip_steps), images, tokenizer)
     vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
