@@ -242,7 +242,7 @@ class Images(Dataset):
         return torch.where((index >= len(self.samples)).view(-1, 1, 1, 1), x.flip(3), x), self.labels[i]
 
 
-@functools.cache  # training, the closing table and the pictures ask for the same images
+@functools.cache  # the laboratory asks again and again
 def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
     """All images below `folder/split/<class>/`, in memory, as centre squares of `resolution`.
 

@@ -134,32 +134,45 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
     first, _ = p.parse_known_args(typed)  # a first look, for the preset
     given = [*PRESETS.get(first.preset, "").split(), *typed]
-    first, _ = p.parse_known_args(given)  # a second, for the teacher and what is needed to fit one
+    first = p.parse_args(given)  # a second, for the teacher and what is needed to fit one
+    check_flags(first)  # before a toy's teacher is fitted, or fitted anew
     name = first.pretrained_teacher_model
     # The default folder says what is distilled and how, so that different runs do not meet in one.
     short_name = name.partition(":")[2] if name.startswith(POINTS) else Path(name).name
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}"
+    output_dir += "/benchmark" if first.benchmark else ""  # where nothing of a real run lies
     fit_flags = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
     fit_flags += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
     teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", fit_flags, first.overwrite)
-    p.set_defaults(data=teacher.default_data, output_dir=output_dir)
+    p.set_defaults(data=teacher.default_data)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
     args = p.parse_args([*RECIPES[teacher.kind].split(), *given])
+    args.output_dir = output_dir
     check(args, teacher)
     return args, teacher
 
 
-def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
-    """Refuses flags that do not go together, before anything is computed."""
-    times, network = len(teacher.schedule), teacher.network
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together, whatever the teacher is."""
     # m = k / k_φ must be whole: a shorter last step would be a solver that no flag describes.
     refuse(args.k % args.solver_step, f"--k {args.k} is no multiple of --solver_step {args.solver_step}")
+    idle = args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one)
+    refuse(idle, "--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
+    # The table's MMD compares pairs of samples.
+    refuse(args.num_eval_samples == 1, "--num_eval_samples must be 0, or 2 or more")
+    if args.sigma == "exact" and args.gamma_conditioning == "time" and args.ode != "lcm":
+        log.warning("--sigma exact and --gamma_conditioning time tell the network a wrong time: expect a poor student")
+
+
+def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
+    """Refuses what this teacher cannot do, before its student is trained."""
+    times, network = len(teacher.schedule), teacher.network
     # Longer than the schedule, every sub-path would end at time 0, where the student is the identity (Eq. 5).
     refuse(args.k >= times, f"--k must be smaller than the teacher's {times} time steps")
     # The grid N-1, N-1-N/50, ... must consist of whole time steps, as that of diffusers' LCMScheduler does.
     refuse(times % args.num_ddim_timesteps, f"--num_ddim_timesteps must divide the teacher's {times} time steps")
-    idle = args.ode == "lcm" and (args.gamma_draws > 1 or args.gamma_at_one)
-    refuse(idle, "--gamma_draws and --gamma_at_one are for --ode sl and dl: in LCM γ is always 1")
+    refuse(teacher.is_student, f"{teacher.name} is a student: --pretrained_teacher_model is to be what it came from")
+    teacher.labels(read_prompts(args.prompts))  # refuses prompts that the model has no meaning for
     # Eq. 18 subtracts a prediction without condition. A teacher that was never trained to make one has none.
     unguided = args.guidance_w and not teacher.conditional
     refuse(unguided, "--guidance_w needs a conditional teacher: this one has no labels")
@@ -168,8 +181,6 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
         reference_set(args.data, "train", teacher.resolution)  # or else the closing table would fail, after hours
     without = args.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False)
     refuse(without, f"--gradient_checkpointing: a {type(network).__name__} has none")
-    if args.sigma == "exact" and args.gamma_conditioning == "time" and args.ode != "lcm":
-        log.warning("--sigma exact and --gamma_conditioning time tell the network a wrong time: expect a poor student")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +394,7 @@ def watch(owner: object, method: str, part: str, seconds: Counter) -> None:
 def benchmark(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Times steps as they are, and then as many again with their parts, since each look at a GPU's clock makes it wait.
     Prints a report and leaves it in OUTPUT_DIR/benchmark."""
-    args.output_dir, args.max_train_steps = f"{args.output_dir}/benchmark", WARM_UP + 2 * args.timed_steps
+    args.max_train_steps = WARM_UP + 2 * args.timed_steps
     args.overwrite, args.resume_from_checkpoint = True, None  # of an earlier benchmark there is nothing to keep
     distillation = Distillation(args, teacher)
     run, steps, seconds, parts = distillation.run, distillation.steps(), [], Counter()

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm, trange
 
+import sample
 import training
 from data import BadInput, centre_square, program, read_prompts, reference_set, refuse, to_range, writable_folder
 from sample import add_arguments, n_steps, overview, preview, read_png, sample_batches, sample_to_folder, to_pixels
@@ -323,6 +324,10 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
     # A data set's files are sorted by class, so that its first samples would all be of one.
+    plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
+    plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
+    for _, model, n, _ in plan:  # all are checked before the first takes its time
+        sample.check_steps(model, n)
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
     shown = reference[order[: preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
@@ -330,8 +335,6 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
         rows.append({"sampler": "held-out data", **evaluation.held_out_data()})
     except BadInput as error:  # many folders of images have no split to be held out; the rest of the table can be made
         logging.getLogger("evaluate").warning("no row of held-out data: %s", error)
-    plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
-    plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
     for name, model, n, guidance in plan:
         x, values = evaluation.sampler(model, n, guidance, samples_dir)
         rows.append({"sampler": name, "steps": n, **values})

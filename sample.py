@@ -81,6 +81,13 @@ def default_sampler(model: DiffusionModel) -> str:
     return "lcm" if model.is_student else "ddim"
 
 
+def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None) -> None:
+    """Refuses a number of steps that the sampler cannot take: a student has no more times than its training grid."""
+    sampler = sampler or default_sampler(model)
+    limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
+    refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
+
+
 @torch.no_grad()
 def sample_batches(
     model: DiffusionModel, seeds, steps: int, sampler=None, *, w=0.0, prompts=(), batch_size=None, mixed_precision="no"
@@ -91,8 +98,7 @@ def sample_batches(
     model's own. `w` guides a teacher.
     """
     sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
-    limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
-    refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
+    check_steps(model, steps, sampler)
     refuse(w and sampler == "lcm", "guidance is for teachers: what a student was distilled with is in its weights")
     # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
     labels = model.labels(prompts)

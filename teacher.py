@@ -411,6 +411,9 @@ def save(model: DiffusionModel, folder: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     model.write(draft)
+    for name in (LORA_FILE, "model_index.json"):  # a LoRA and a pipeline in one folder would be taken for each other
+        if not (draft / name).exists():
+            (folder / name).unlink(missing_ok=True)
     for part in draft.iterdir():
         if (folder / part.name).is_dir():
             shutil.rmtree(folder / part.name)

@@ -338,13 +338,16 @@ class Run:
         """What is another configuration in the checkpoint than in this run."""
         refuse(not (path / "configuration.json").is_file(), f"{path} is not a checkpoint of this program")
         there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
-        # A flag that one of the two programs did not know counts as not given, so older checkpoints stay readable.
-        differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+        # A flag that one of the two did not know counts as not given.
+        known = sorted({*there, *here} - {*FREE_FLAGS})
+        differing = [key for key in known if there.get(key) != here.get(key)]
         return [f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing]
 
     def _begin(self) -> None:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
         args, earlier, path = self.args, checkpoints(self.folder), self.args.resume_from_checkpoint
+        contradiction = args.overwrite and path not in (None, "latest")
+        refuse(contradiction, f"--overwrite starts anew, and --resume_from_checkpoint {path} does not")
         if args.overwrite:  # the two waits: nobody deletes before all have looked, nobody writes before all is deleted
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
@@ -374,4 +377,5 @@ class Run:
             self.step = _step_of(path)
         elif earlier:
             ways = "--resume_from_checkpoint latest goes on with it, --overwrite starts anew"
-            raise BadInput(f"{self.folder} holds {earlier[-1].name} of an earlier run: {ways}")
+            holds = f"{self.folder} holds {earlier[-1].name} of an earlier run"
+            raise BadInput(f"{holds}: {ways}, another --output_dir keeps both")

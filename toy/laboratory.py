@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -191,14 +191,19 @@ def distil(job: Job) -> list[dict]:
     return rows
 
 
-def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator:
-    """What the function made of each job, in their order. To stop iterating cancels the jobs not yet begun."""
+def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int) -> Iterator[tuple[int, object]]:
+    """The place of a job in the list and what the function made of it, as they are done. To stop iterating cancels
+    those not yet begun."""
     if processes == 1:
-        yield from map(function, jobs)
+        yield from ((i, function(job)) for i, job in enumerate(jobs))
         return
     # "spawn": a forked process would inherit the threads of torch, which then wait for each other forever.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        yield from pool.map(function, jobs)
+        futures = {pool.submit(function, job): i for i, job in enumerate(jobs)}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,10 +330,10 @@ class Laboratory:
         missing = [path for path in records if not path.is_file()]
         trained = run_jobs(distil, [records[path] for path in missing], args.processes)
         progress = tqdm(trained, "students", len(jobs), leave=False, initial=len(jobs) - len(missing))
-        for path, rows in zip(missing, progress, strict=True):
-            draft = path.with_suffix(".tmp")  # renamed when complete: whatever is called .json is whole
+        for i, rows in progress:
+            draft = missing[i].with_suffix(".tmp")  # renamed when complete: whatever is called .json is whole
             draft.write_text(json.dumps(rows))
-            draft.rename(path)
+            draft.rename(missing[i])
         rows = {name: [] for name in names}
         for path, job in records.items():
             rows[job.name] += json.loads(path.read_text())
