@@ -170,6 +170,8 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
     (tmp_path / "empty").mkdir()
     image_teacher = save(tmp_path / "image_teacher", unet(size=16))
     two_classes = save(tmp_path / "two_classes", unet(classes=2, size=32))
+    model, student = teacher.load(str(points)), tmp_path / "student"
+    teacher.save(model.student(model.network.state_dict(), 50), student)
     for flags, words in (
         (["--pretrained_teacher_model", "toy:rings"], "toy:rings"),
         (["--pretrained_teacher_model", tmp_path / "empty"], "no pipeline folder"),
@@ -180,6 +182,9 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", points, "--gamma_at_one", 1], "--gamma_at_one must be in [0, 1)"),
         (["--pretrained_teacher_model", points, "--ema_decay", 1], "--ema_decay"),
         (["--pretrained_teacher_model", points, "--guidance_w", 1], "conditional teacher"),
+        (["--pretrained_teacher_model", points, "--prompts", "a cat"], "prompts are class labels here"),
+        (["--pretrained_teacher_model", points, "--num_eval_samples", 1], "--num_eval_samples"),
+        (["--pretrained_teacher_model", student], "is a student"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
         (["--pretrained_teacher_model", points, "--benchmark", "--timed_steps", 1], "--timed_steps"),
         (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),

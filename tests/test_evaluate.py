@@ -156,6 +156,16 @@ def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path
     assert rows[0]["W2"] < min(row["W2"] for row in rows[1:]) and len(samples) == 5
 
 
+def test_steps_that_no_sampler_can_take_are_refused_before_anything_is_sampled(tmp_path, monkeypatch):
+    teacher = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False)))
+    student, sampled = teacher.student(teacher.network.state_dict(), 50), []
+    monkeypatch.setattr(evaluate, "sample_batches", lambda *arguments, **options: sampled.append(1))
+    for steps, teacher_steps in (([1, 51], [8]), ([1], [8, 0]), ([0], [8])):
+        with pytest.raises(BadInput, match="takes 1 to"):
+            compare(Evaluation(teacher, "toy:moons", 64), {"student": student}, steps, teacher_steps, 0.0)
+    assert not sampled
+
+
 def test_held_out_data_come_from_all_classes(images):
     data = load_images(images, "test")
     chosen = data.labels[spread(len(data.labels), 6)]

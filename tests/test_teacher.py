@@ -138,6 +138,18 @@ def test_a_folder_of_another_kind_is_refused_before_it_can_name_a_module_to_impo
             load(str(tmp_path / "teacher"))
 
 
+def test_a_folder_holds_a_lora_or_a_pipeline_and_never_both(tmp_path, monkeypatch):
+    """Else one of them would be loaded for the other."""
+    model, folder = load(str(save_parts(tmp_path / "t", unet()))), tmp_path / "out"
+    folder.mkdir()
+    (folder / teacher.LORA_FILE).touch()
+    save(model, folder)
+    assert (folder / "model_index.json").is_file() and not (folder / teacher.LORA_FILE).exists()
+    monkeypatch.setattr(model, "write", lambda draft: (draft / teacher.LORA_FILE).touch())
+    save(model, folder)
+    assert (folder / teacher.LORA_FILE).is_file() and not (folder / "model_index.json").exists()
+
+
 def test_weights_in_a_pickle_are_refused(tmp_path):
     save_parts(tmp_path, unet())
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()

@@ -141,6 +141,21 @@ def test_the_same_command_twice_makes_its_results_again_and_overwrite_trains_ane
     assert not torch.equal(everything(out)["s.last.weight"], first["s.last.weight"])
 
 
+def test_overwrite_deletes_nothing_before_all_flags_are_known_to_be_good(flags, tmp_path, call, monkeypatch):
+    out, fitted = tmp_path / "out", []
+    assert call(distill.main, *flags, "--output_dir", out)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    contradiction = ["--resume_from_checkpoint", out / "checkpoint-4"]
+    for more in (["--kk", 3], ["--k", 7], ["--max_train_steps", 0], contradiction):
+        status, _, err = call(distill.main, *flags, "--output_dir", out, "--overwrite", *more)
+        assert status == 2 and str(more[0]) in one_line(err), err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(distill, "fit_or_load", lambda *arguments: fitted.append(arguments))
+    for more in (["--kk", 3], ["--k", 7]):  # nor is a toy's teacher fitted anew
+        assert call(distill.main, "--output_dir", out, "--overwrite", *more)[0] == 2
+    assert not fitted
+
+
 def test_the_default_folder_is_named_after_teacher_and_method(flags, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for method in ("sl", "lcm"):
