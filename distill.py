@@ -302,6 +302,7 @@ class Distillation:
 
 @program
 def main() -> None:
+    """Trains, logs, saves and shows; or, with --benchmark, only times."""
     args, teacher = configure()
     prompts = read_prompts(args.prompts)
     if args.benchmark:

@@ -256,6 +256,7 @@ class ImageModel(DiffusionModel):
         return cls(pipeline.unet, pipeline.scheduler, name)
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
+        """Images by class, each also as its mirror image. They must have the network's size and no more classes."""
         refuse_pair_flags(args)
         images = data.load_images(args.data, resolution=args.resolution or self.resolution, mirror=True)
         other_size, classes = images.samples.shape[-1] != self.resolution, len(images.classes)
@@ -296,6 +297,7 @@ class StableDiffusion(DiffusionModel):
 
     @classmethod
     def load(cls, name: str, index: dict) -> "StableDiffusion":
+        """Weights in safetensors only: pickles can run code."""
         from diffusers import StableDiffusionPipeline
 
         # The safety checker and its kin are not loaded: they would cost memory and are not distilled. Without the flag
