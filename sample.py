@@ -245,7 +245,7 @@ def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
 
 def add_arguments(parser: training.Parser) -> None:
     """Flags of every program that samples."""
-    parser.add_argument("--seed", type=training.count, default=0, help="of the first sample; the i-th has it plus i")
+    parser.add_argument("--seed", type=training.seed, default=0, help="of the first sample; the i-th has it plus i")
     parser.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
     parser.add_argument("--batch_size", type=training.positive, help="samples at a time (default: by kind of model)")
     parser.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")

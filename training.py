@@ -77,7 +77,7 @@ def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable
             value = kind(text)
             if math.isfinite(value) and allowed(value):
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
 
@@ -88,6 +88,7 @@ positive = number(int, lambda n: n > 0, "positive")
 count = number(int, lambda n: n >= 0, "a whole number, 0 or more")
 two_or_more = number(int, lambda n: n >= 2, "2 or more, for their spread")
 amount = number(float, lambda x: x >= 0, "a number, 0 or more")
+seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")  # what numpy's generator takes
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
 finite = number(float, lambda x: True, "a number")
 
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     A default stands here if it is the same for every program, and otherwise in the program.
     """
     flag = parser.add_argument_group("training").add_argument
-    flag("--seed", type=count, default=0, help="of weights, data order and noise")
+    flag("--seed", type=seed, default=0, help="of weights, data order and noise")
     flag("--max_train_steps", type=positive, help="paper: 6,000 for SD1.5, 80,000 for SD2.1-base")
     flag("--train_batch_size", type=positive, help="per process; paper: 1024 over 16 GPUs")
     flag("--gradient_accumulation_steps", type=positive, default=1, help="batches per step")

@@ -205,7 +205,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         ("adam_weight_decay", ["inf"]),
         ("guidance_w", ["nan"]),
         ("ema_decay", ["nan", "-0.1"]),
-        ("seed", ["-1", "1.5"]),
+        ("seed", ["-1", "1.5", "4294967296", "9" * 400]),
         ("checkpoints_total_limit", ["0", "-1"]),
         ("lr_warmup_steps", ["-1"]),
     ],
