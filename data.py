@@ -22,12 +22,14 @@ import logging
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -62,18 +64,46 @@ def refuse(when: object, why: str) -> None:
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates the `main` of a command-line program, so that a BadInput ends it with that line and not a traceback."""
+    """Decorates the `main` of a command-line program: what is not a mistake of ours ends it with one line.
+
+    Exit status 2 is a BadInput. 1 is the system's own trouble, a full disk or a missing permission. 130 is Ctrl-C or
+    SIGTERM. Nothing is saved on the way out: whatever has its final name is complete already. A mistake of ours keeps
+    its traceback.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        # What a scheduler sends before it kills is taken for Ctrl-C. Only a main thread may say so.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        again = "what is finished is kept; the same command with --resume_from_checkpoint latest goes on with training"
         try:
             main()
         except BadInput as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _end(str(error), 2)
+        except OSError as error:
+            _end(f"{error} ({again})", 1)
+        except KeyboardInterrupt:
+            _end(f"interrupted, and nothing more was saved ({again})", 130)
 
     return wrapped
+
+
+def _end(why: str, status: int) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
+    sys.exit(status)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds an object; BadInput if it does not. Such files are read back later than they were written,
+    by people who may have edited them."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from None
+    refuse(not isinstance(content, dict), f"cannot read {file}: it holds no JSON object")
+    return content
 
 
 def writable_folder(path: str | Path) -> Path:
