@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 import splam
 import training
-from data import POINTS, program, read_prompts, reference_set, refuse, writable_folder
+from data import POINTS, program, read_prompts, refuse, writable_folder
 from evaluate import Evaluation, compare, machine, network_seconds, print_comparison
 from sample import n_steps, overview, picture, preview, sample
 from splam import ConsistencyFunction, Draws, ema_update, splad_loss
@@ -177,8 +177,7 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     unguided = args.guidance_w and not teacher.conditional
     refuse(unguided, "--guidance_w needs a conditional teacher: this one has no labels")
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
-    if args.num_eval_samples:
-        reference_set(args.data, "train", teacher.resolution)  # or else the closing table would fail, after hours
+    teacher.few_step_scheduler(args.num_ddim_timesteps)  # the student's, which diffusers may not have
     without = args.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False)
     refuse(without, f"--gradient_checkpointing: a {type(network).__name__} has none")
 
@@ -252,11 +251,15 @@ class Distillation:
         shape, grid = (run.total_batch_size, *teacher.shape), (len(schedule), args.num_ddim_timesteps)
         method = {"k": args.k, "solver_step": args.solver_step, "solver": self.solver}
         method |= {"ode": args.ode, "sigma_form": args.sigma, "metric": args.metric}
+
+        def draw_for(step: int) -> Draws:
+            return self.draw(shape, *grid, run.generator(step), args.gamma_draws, args.gamma_at_one)
+
+        # Line 1, n, γ and ε, for the batch of the whole step at once. All processes draw the same numbers, and each
+        # keeps its own rows: so the run does not depend on how many processes share it. With a generator for each
+        # process, one GPU and eight would be different runs.
+        draws = draw_for(run.step + 1)
         for step in run.steps():
-            # Line 1, n, γ and ε, for the batch of the whole step at once. All processes draw the same numbers, and each
-            # keeps its own rows: so the run does not depend on how many processes share it. With a generator for each
-            # process, one GPU and eight would be different runs.
-            draws = self.draw(shape, *grid, run.generator(step), args.gamma_draws, args.gamma_at_one)
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):
                 x, label = next(batches)  # line 1, (x_0, c) as the data has them: pixels or points, classes or tokens
@@ -285,6 +288,9 @@ class Distillation:
             # Line 8, once a step. Every process averages for itself, since all hold the same θ (or, with FSDP, their
             # parts of it).
             ema_update(target, accelerator.unwrap_model(student), args.ema_decay)
+            # Line 1 of the next step, here: a GPU is still computing what was asked for above, and the CPU is free. It
+            # will wait as soon as the loss is read.
+            draws = draw_for(step + 1)
             yield step, torch.stack(losses).mean()
 
     def student(self) -> DiffusionModel | None:
@@ -304,26 +310,44 @@ class Distillation:
 def main() -> None:
     """Trains, logs, saves and shows; or, with --benchmark, only times."""
     args, teacher = configure()
-    prompts = read_prompts(args.prompts)
     if args.benchmark:
         benchmark(args, teacher)
         return
+    # What measures the student is made before it is trained: that its data or its network of features are missing is
+    # to be known now, and not after hours.
+    evaluation, prompts = None, read_prompts(args.prompts)
+    if args.num_eval_samples and training.process().is_main_process:
+        teacher.to(training.process().device)
+        evaluation = Evaluation(teacher, args.data, args.num_eval_samples, prompts=prompts)
     distillation = Distillation(args, teacher)
-    run, folder = distillation.run, Path(args.output_dir)
+    run = distillation.run
     # Every process must reach log, checkpoint and student, since they wait for each other inside. Only the main one
     # gets a student back, and so only that one samples.
     for step, loss in distillation.steps():
         run.log(step, loss)
         run.checkpoint(step)
-        if args.validation_steps and step % args.validation_steps == 0 and (student := distillation.student()):
-            samples = sample(student, range(preview(student)[0]), STEPS[-1], prompts=prompts)
-            picture(samples, preview(student)[1]).save(writable_folder(folder / "samples") / f"step-{step}.png")
+        if args.validation_steps and step % args.validation_steps == 0:
+            validate(step, distillation.student(), Path(args.output_dir) / "samples", prompts)
     if student := distillation.student():
-        finish(args, teacher, student, prompts)
+        finish(args, teacher, student, evaluation, prompts)
 
 
-def finish(args: argparse.Namespace, teacher: DiffusionModel, student: DiffusionModel, prompts: list[str]) -> None:
-    """Saves the student, the picture, and metrics.json; prints the table, if there is to be one.
+def validate(step: int, student: DiffusionModel | None, folder: Path, prompts: list[str]) -> None:
+    """A picture of the student as it is after this step. A function of its own, because a student holds memory, and
+    this one is forgotten at its end."""
+    if student:
+        samples = sample(student, range(preview(student)[0]), STEPS[-1], prompts=prompts)
+        picture(samples, preview(student)[1]).save(writable_folder(folder) / f"step-{step}.png")
+
+
+def finish(
+    args: argparse.Namespace,
+    teacher: DiffusionModel,
+    student: DiffusionModel,
+    evaluation: Evaluation | None,
+    prompts: list[str],
+) -> None:
+    """Saves the student, the picture, and metrics.json; prints the table, if there is an evaluation to make one.
 
     The table compares the student in 1, 2 and 4 steps with the teacher by DDIM in as many, and in `many_steps`, which
     is what the student was distilled to do at once.
@@ -331,8 +355,7 @@ def finish(args: argparse.Namespace, teacher: DiffusionModel, student: Diffusion
     folder, many = Path(args.output_dir), teacher.many_steps
     save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
-    if args.num_eval_samples:
-        evaluation = Evaluation(teacher, args.data, args.num_eval_samples, prompts=prompts)
+    if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
         print_comparison(comparison)
         samples = comparison.samples

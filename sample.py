@@ -52,9 +52,9 @@ def run_sampler(model: DiffusionModel, noise: SeededNoise, steps: int, sampler: 
     """One batch: from noise at time N-1 to x_0, (B, ...).
 
     "lcm" is the student's sampler, Eq. 19 repeated. "ddim" and "dpmsolver++" are diffusers' solvers of the PF-ODE, fed
-    with the guided ε. Two settings matter for a fair comparison with a student: they start at the last time, N-1, where
-    x really is pure noise ("trailing" spacing), and they do not clip x_0, which would be another ODE than the one that
-    was distilled.
+    with what the guided ε makes of v. Two settings matter for a fair comparison with a student: they start at the last
+    time, N-1, where x really is pure noise ("trailing" spacing), and they do not clip x_0, which would be another ODE
+    than the one that was distilled.
     """
     x = noise()
     if sampler == "lcm":
@@ -65,13 +65,16 @@ def run_sampler(model: DiffusionModel, noise: SeededNoise, steps: int, sampler: 
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
-    # "epsilon" whatever the network's own type is: model.predict has converted its output already.
-    options = {"prediction_type": "epsilon", "timestep_spacing": "trailing", "clip_sample": False}
+    # v whatever the network's own type is: model.predict has converted its output already. From ε a solver could not
+    # find x_0 where α is 0, which is where schedules with zero terminal SNR begin; from x_0 not ε where σ is small.
+    options = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    options |= {"clip_sample": False, "thresholding": False}
     solver = kind.from_config(model.scheduler.config, **options)
     solver.set_timesteps(steps, device=x.device)
     for t in solver.timesteps:  # dpmsolver++ is a multistep method: the solver remembers its last x_0
-        _, eps = model.predict(x, t.expand(len(x)), cond, w)
-        x = solver.step(eps, t, x).prev_sample
+        times = t.expand(len(x))
+        (x0, eps), (alpha, sigma) = model.predict(x, times, cond, w), model.schedule.at(times, x.ndim)
+        x = solver.step(alpha * eps - sigma * x0, t, x).prev_sample
     return x
 
 

@@ -405,8 +405,9 @@ def draw(
     """
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
-    # Stretched beyond 1 and cut off there, uniform numbers are 1 with just this probability, and uniform otherwise.
-    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp_max(1)
+    # Stretched beyond 1 and cut off there, uniform numbers are 1 with just this probability, and uniform otherwise. An
+    # exact 0 would be a point without signal and without noise where a schedule ends with α = 0.
+    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp(2**-24, 1)
     return Draws(t, gamma, torch.randn(x_shape, generator=generator))
 
 
@@ -461,8 +462,10 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
     The student chases a target that is made from itself. If the target jumped with every step, errors would feed on
     themselves; toy/README.md shows what happens without the average.
     """
-    for averaged, parameter in zip(target.parameters(), student.parameters(), strict=True):
-        averaged.lerp_(parameter.detach().to(averaged.dtype), 1 - decay)
+    averages = list(target.parameters())
+    parameters = [p.detach().to(a.dtype) for a, p in zip(averages, student.parameters(), strict=True)]
+    # a <- a + (1 - decay) (p - a) for all pairs in one call, which a GPU begins sooner than hundreds.
+    torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ needs neither transformers nor peft, and --help none of them.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import shutil
@@ -67,6 +68,8 @@ class DiffusionModel:
     def __init__(self, network: nn.Module, scheduler, name: str):
         from diffusers import LCMScheduler
 
+        _drop_variance(network, scheduler)
+        _check_parts(network, scheduler, name)
         # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
         self.schedule = Schedule(scheduler.alphas_cumprod)
@@ -133,7 +136,13 @@ class DiffusionModel:
             x_in, t_in = torch.cat([x, x]), torch.cat([t, t])
         dtype = next(self.network.parameters()).dtype
         cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
-        output = self.network(x_in.to(dtype), t_in, **cond).sample.float()
+        # A network whose weights are half already needs no autocast. That would still compute its normalizations in
+        # float32, and cast before and after each of them: two thirds more kernels on a GPU, for little accuracy.
+        context = contextlib.nullcontext()
+        if dtype != torch.float32:
+            context = torch.autocast(self.device.type, enabled=False)
+        with context:
+            output = self.network(x_in.to(dtype), t_in, **cond).sample.float()
         if w:
             output = guided(*output.chunk(2), w)
         return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
@@ -158,14 +167,20 @@ class DiffusionModel:
 
     def student(self, weights: dict[str, Tensor], num_ddim_timesteps: int, lora_rank: int = 0) -> "DiffusionModel":
         """This model with a student's weights, and the scheduler that samples in a few steps of that grid."""
-        from diffusers import LCMScheduler
-
         network = self.copy_network(lora_rank)
         network.load_state_dict(weights)
+        return self._with(network, self.few_step_scheduler(num_ddim_timesteps), f"student of {self.name}")
+
+    def few_step_scheduler(self, num_ddim_timesteps: int):
+        """The LCMScheduler of a student, with this model's schedule. BadInput if diffusers cannot make it."""
+        from diffusers import LCMScheduler
+
         # Clipping and thresholding would change the x_0 that the student was trained to give.
         options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
-        scheduler = LCMScheduler.from_config(self.scheduler.config, **options)
-        return self._with(network, scheduler, f"student of {self.name}")
+        try:
+            return LCMScheduler.from_config(self.scheduler.config, **options)
+        except (NotImplementedError, ValueError) as error:
+            raise data.BadInput(f"diffusers' LCMScheduler has not the schedule of {self.name}: {error}") from None
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
         """A model of this kind with another network and scheduler, all else shared."""
@@ -180,6 +195,37 @@ class DiffusionModel:
         parts = {"unet": self.network_class, "scheduler": ("diffusers", type(self.scheduler).__name__)}
         index = {"_class_name": self.pipeline_names[0], "_diffusers_version": diffusers.__version__, **parts}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def _drop_variance(network: nn.Module, scheduler) -> None:
+    """Of a U-Net that also predicts the variance of DDPM's steps, keeps what predicts the mean: the first half of its
+    output. No ODE asks for the other half, and a network with as many channels out as in is one that any sampler takes.
+    """
+    channels = network.config.get("in_channels")
+    if channels and network.config.out_channels == 2 * channels:
+        head = network.conv_out
+        head.weight, head.bias = nn.Parameter(head.weight[:channels]), nn.Parameter(head.bias[:channels])
+        network.register_to_config(out_channels=channels)
+        scheduler.register_to_config(variance_type="fixed_small")
+
+
+def _check_parts(network: nn.Module, scheduler, name: str) -> None:
+    """Refuses networks and schedulers that no part of this project could use. Each of these would otherwise show as a
+    traceback far from its cause, or as samples that are not finite."""
+    alphas, config = getattr(scheduler, "alphas_cumprod", None), network.config
+    kind, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
+    data.refuse(alphas is None, f"{name} has a {kind}, of flow matching perhaps: α and σ of Eq. 1 are needed")
+    falling = len(alphas) > 1 and alphas[0] < 1 and alphas[-1] >= 0 and (alphas.diff() < 0).all()
+    data.refuse(not falling, f"the {kind} of {name} has an α that does not fall from below 1 towards 0")
+    known = prediction in ("epsilon", "sample", "v_prediction")
+    data.refuse(not known, f"{name} predicts {prediction!r}, which is none of epsilon, sample, v_prediction")
+    # Eq. 8 divides by α. Networks for such a schedule predict v, or x_0.
+    blind = prediction == "epsilon" and alphas[-1] == 0
+    data.refuse(blind, f"{name} predicts epsilon, from which x_0 is lost at the last time: α is 0 (zero terminal SNR)")
+    size = config.get("sample_size", 1)  # 2-D points have none
+    data.refuse(not isinstance(size, int) or size < 1, f"{name} makes images of {size} pixels: a square is needed")
+    channels = config.get("in_channels"), config.get("out_channels")
+    data.refuse(channels[0] != channels[1], f"{name} takes {channels[0]} channels and returns {channels[1]}")
 
 
 def refuse_pair_flags(args: argparse.Namespace) -> None:
@@ -274,8 +320,8 @@ class ImageModel(DiffusionModel):
 class StableDiffusion(DiffusionModel):
     """Any StableDiffusionPipeline: SD1.5, SD2.1 with its v-prediction, and fine-tuned ones.
 
-    The U-Net is large, and cast to the compute precision once. VAE and text encoder keep float32 weights. The VAE also
-    computes in float32, because some overflow in fp16; the text encoder computes under autocast, as the student does.
+    The U-Net is large, and cast to the compute precision once. VAE and text encoder keep float32 weights. The text
+    encoder computes under autocast, as the student does; of the VAE see _vae_precision.
     """
 
     kind, network_class = "text-to-image", ("diffusers", "UNet2DConditionModel")
@@ -292,6 +338,8 @@ class StableDiffusion(DiffusionModel):
         self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
         self.null_text: Tensor | None = None  # the empty text's embedding, made when it is first asked for
         config = self.network.config
+        other = config.in_channels != self.vae.config.latent_channels  # for inpainting it takes more than a latent
+        data.refuse(other, f"the network of {name} takes {config.in_channels} channels, and its VAE makes others")
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self.resolution = config.sample_size * pipeline.vae_scale_factor
 
@@ -303,7 +351,11 @@ class StableDiffusion(DiffusionModel):
         # The safety checker and its kin are not loaded: they would cost memory and are not distilled. Without the flag
         # diffusers would warn of it, and so would everyone who loads the student.
         options = {"use_safetensors": True, "requires_safety_checker": False, **dict.fromkeys(UNUSED_PARTS)}
-        return cls(StableDiffusionPipeline.from_pretrained(name, **options), name)
+        model = cls(StableDiffusionPipeline.from_pretrained(name, **options), name)
+        # A tokenizer whose files are missing is loaded all the same, with an empty vocabulary.
+        alike = len(model.labels([]).unique(dim=0)) == 1
+        data.refuse(alike, f"the tokenizer of {name} does not tell texts apart: are its files there?")
+        return model
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
         self.vae.to(device)
@@ -339,6 +391,13 @@ class StableDiffusion(DiffusionModel):
         state.wait_for_everyone()
         return data.CachedLatents(args.cache_latents)
 
+    def _vae_precision(self) -> contextlib.AbstractContextManager:
+        """float32, because some VAEs overflow in fp16. A VAE whose config says that it does not is computed as all
+        else is. (diffusers' name for it is force_upcast, and true unless a config says otherwise.)"""
+        if self.vae.config.force_upcast:
+            return torch.autocast(self.device.type, enabled=False)
+        return contextlib.nullcontext()
+
     @torch.no_grad()
     def prepare(self, x: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels and tokens, or latents and embeddings from a cache -> (latents, condition).
@@ -347,8 +406,10 @@ class StableDiffusion(DiffusionModel):
         deviation is far below one grey level; and so a cache holds the very same x_0.
         """
         if not label.is_floating_point():  # tokens are whole numbers, embeddings are not
-            with torch.autocast(x.device.type, enabled=False):
-                x = self.vae.encode(x.float()).latent_dist.mode() * self.vae.config.scaling_factor
+            # Eight images at a time, as in decode: at 512 pixels one takes more than half a GiB in the encoder.
+            with self._vae_precision():
+                parts = [self.vae.encode(part).latent_dist.mode() for part in x.float().split(8)]
+            x = torch.cat(parts).float() * self.vae.config.scaling_factor
         return x, self.condition(label)
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
@@ -372,14 +433,14 @@ class StableDiffusion(DiffusionModel):
         # One embedding for all samples and steps: the empty text, as Stable Diffusion was trained with for guidance.
         if self.null_text is None:
             self.null_text = self.text_encoder(self.tokenize([""]).to(self.device))[0].detach()
-        return self.condition(self.null_text.expand(n, -1, -1))
+        return self.condition(self.null_text.to(self.device).expand(n, -1, -1))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents -> pixels in [-1, 1], eight images at a time: a decoder needs more memory than the U-Net."""
-        with torch.autocast(x0.device.type, enabled=False):
+        with self._vae_precision():
             parts = (x0.float() / self.vae.config.scaling_factor).split(8)
-            return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
+            return torch.cat([self.vae.decode(part).sample for part in parts]).float().clamp(-1, 1)
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "StableDiffusion":
         # A shallow copy: the student shares the teacher's VAE, text encoder and tokenizer.
@@ -424,21 +485,35 @@ def save(model: DiffusionModel, folder: Path) -> None:
 
 
 def load(name: str) -> DiffusionModel:
-    """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id."""
-    if (Path(name) / LORA_FILE).is_file():
-        return _load_lora(Path(name))
+    """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id.
+
+    All models come through here. So this is the one place that turns what libraries raise for a damaged folder, each
+    in its own way, into a BadInput. What is whole but unusable is refused in _check_parts.
+    """
+    try:
+        return _load_lora(Path(name)) if (Path(name) / LORA_FILE).is_file() else _load_pipeline(name)
+    except data.BadInput:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise data.BadInput(f"cannot load {name}: {type(error).__name__}: {first_line}") from error
+
+
+def _load_pipeline(name: str) -> DiffusionModel:
     index = _read_index(name)
-    kinds = [kind for kind in KINDS if kind.network_class == tuple(index.get("unet") or ())]
+    kinds = [kind for kind in KINDS if list(kind.network_class) == index.get("unet")]
     parts = [part for key, part in index.items() if isinstance(part, list) and key not in UNUSED_PARTS]
     # diffusers imports whatever module this file names. So before it does, each must be one that is known.
-    unknown = [part for part in parts if part[0] not in (None, "diffusers", "transformers", "toy.mlp")]
+    unknown = [part for part in parts if part[:1] not in ([None], ["diffusers"], ["transformers"], ["toy.mlp"])]
     unknown = unknown or not kinds or index.get("_class_name") not in kinds[0].pipeline_names
     data.refuse(unknown, f"{name} is a {index.get('_class_name')}, which is no kind of teacher known here")
     _silence_libraries(kinds[0])
-    try:
-        return kinds[0].load(name, index)
-    except (OSError, ValueError) as error:
-        raise data.BadInput(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+    model = kinds[0].load(name, index)
+    # Where a file lacks weights, diffusers leaves parameters that have a shape and no values.
+    modules = [part for part in vars(model).values() if isinstance(part, nn.Module)]
+    empty = any(parameter.is_meta for module in modules for parameter in module.parameters())
+    data.refuse(empty, f"{name} has no weights for some of its layers")
+    return model
 
 
 def _read_index(name: str) -> dict:
@@ -446,16 +521,15 @@ def _read_index(name: str) -> dict:
 
     diffusers could read a folder's too. But to ask it is to import its pipelines, and with them transformers.
     """
-    problem = f"no pipeline folder and no reachable hub id: {name}"
-    try:
-        if Path(name).exists():
-            problem = f"{name} is no pipeline folder: it has no model_index.json that can be read"
-            return json.loads((Path(name) / "model_index.json").read_text())
-        from diffusers import DiffusionPipeline
+    if Path(name).exists():
+        data.refuse(not (Path(name) / "model_index.json").is_file(), f"{name} is no pipeline folder")
+        return data.read_json(Path(name) / "model_index.json")
+    from diffusers import DiffusionPipeline
 
+    try:
         return DiffusionPipeline.load_config(name)
     except (OSError, ValueError) as error:
-        raise data.BadInput(problem) from error
+        raise data.BadInput(f"no pipeline folder and no reachable hub id: {name}") from error
 
 
 def _silence_libraries(kind: type[DiffusionModel]) -> None:
@@ -475,7 +549,7 @@ def _load_lora(folder: Path) -> DiffusionModel:
 
     record, reason = folder / "metrics.json", "which names the model that it belongs to"
     data.refuse(not record.is_file(), f"{folder} holds a LoRA but no metrics.json, {reason}")
-    pipeline = load(json.loads(record.read_text())["configuration"]["pretrained_teacher_model"]).pipeline
+    pipeline = load(data.read_json(record)["configuration"]["pretrained_teacher_model"]).pipeline
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other
     pipeline.unload_lora_weights()

@@ -109,7 +109,7 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-def unet(classes: int | None = None, size: int = 8) -> UNet2DModel:
+def unet(classes: int | None = None, size: int = 8, **options) -> UNet2DModel:
     """The smallest U-Net that has everything, with weights large enough to matter."""
     torch.manual_seed(0)
     return UNet2DModel(
@@ -121,6 +121,7 @@ def unet(classes: int | None = None, size: int = 8) -> UNet2DModel:
         norm_num_groups=4,
         attention_head_dim=4,
         num_class_embeds=None if classes is None else classes + 1,
+        **options,
     )
 
 

@@ -33,11 +33,16 @@ def test_a_sample_depends_on_its_seed_alone(model, scheduler):
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("kind, name", [(DDIMScheduler, "ddim"), (DPMSolverMultistepScheduler, "dpmsolver++")])
-def test_baselines_are_diffusers_loops_on_the_raw_network_output(model, kind, name, steps):
-    """The scheduler that knows the prediction type, against our conversion to ε."""
+@pytest.mark.parametrize("scheduler", [{}, {"rescale_betas_zero_snr": True}, {"thresholding": True}])
+def test_baselines_are_diffusers_loops_on_the_raw_network_output(tmp_path, kind, name, steps, scheduler):
+    """The scheduler that knows the prediction type, against our conversion of it. Also where α is 0 at the last time,
+    and without thresholding, whatever the teacher's scheduler does."""
+    model = load(str(save(tmp_path / "model", unet(), "v_prediction", **scheduler)))
+    model.scheduler.register_to_config(thresholding=False)
     solver = kind.from_config(model.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     solver.set_timesteps(steps)
     assert solver.timesteps[0] == 999  # from pure noise
+    model.scheduler.register_to_config(**scheduler)
     x = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
     with torch.no_grad():
         for t in solver.timesteps:

@@ -632,6 +632,25 @@ def test_draws_are_on_the_grid_and_repeatable(step, starts, gamma_draws, seed):
         assert torch.equal(again, first)
 
 
+@each_conditioning
+def test_a_draw_at_the_lines_beginning_is_finite_where_a_schedule_ends_in_pure_noise(monkeypatch, conditioning):
+    """At γ = 0 such a line would begin at a point of no signal and no noise: 0/0. torch.rand can return 0."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
+    schedule = Schedule(DDPMScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True).alphas_cumprod)
+    draws = splam.draw((8, 2), 1000, 1, seeded(0))
+    assert (draws.t == 999).all() and (draws.gamma > 0).all()
+    teacher = network()
+    student = student_of(network(1), conditioning, schedule, "v_prediction")
+
+    def denoise(x, t):
+        return splam.to_x0_eps(teacher(x, t).sample, x, *schedule.at(t, x.ndim), "v_prediction")
+
+    x0 = torch.randn(8, 2, generator=seeded(1))
+    loss = splam.splad_loss(student, student, denoise, schedule, x0, {}, draws, k=100, solver_step=20)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
 def test_training_and_sampling_share_their_grid():
     t, gamma, _ = splam.draw((5000, 1), 1000, 50, seeded(0))
     assert set(t.tolist()) == set(splam.few_step_times(50, 1000, 50)) == set(range(19, 1000, 20))

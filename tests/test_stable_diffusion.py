@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import distill
 import evaluate
 import sample
-from data import load_images
+from data import BadInput, load_images
 from sample import picture, to_pixels
 from teacher import StableDiffusion, load
 from toy import tiny_sd
@@ -107,6 +108,61 @@ def test_guidance_in_one_batch_is_two_passes_of_stock_parts(folder, prediction_t
             assert torch.allclose(x0, wanted, rtol=1e-3, atol=1e-3)
             assert rows.pop() == passes and not rows  # w = 0 makes no unconditional pass
     assert (with_prompt - without).abs().max() > 1e-3
+
+
+def test_what_makes_no_text_to_image_model_is_refused_in_one_line(folder, tmp_path):
+    for change, words in (
+        ({"without": "tokenizer/tokenizer.json"}, "tell texts apart"),
+        ({"without": "vae/config.json"}, "cannot load"),
+        ({"index": {"vae": ["diffusers", "UNet2DModel"]}}, "no weights for some"),
+        ({"index": {"text_encoder": [None, None]}}, "cannot load"),
+        ({"torn": "text_encoder/model.safetensors"}, "cannot load"),
+    ):
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(folder("epsilon"), broken)
+        if "without" in change:
+            (broken / change["without"]).unlink()
+        if "torn" in change:
+            (broken / change["torn"]).write_bytes(b"torn")
+        index = json.loads((broken / "model_index.json").read_text()) | change.get("index", {})
+        (broken / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(BadInput, match=words) as refusal:
+            load(str(broken))
+        assert "\n" not in str(refusal.value)
+    inpainting = pipeline(in_channels=9)
+    with pytest.raises(BadInput, match="9 channels"):
+        StableDiffusion(inpainting, "inpainting")
+
+
+def test_a_half_precision_teacher_needs_no_autocast(folder):
+    """Its guided ε is about as far from float32's as under autocast."""
+    model, exact = load(folder("epsilon")), load(folder("epsilon"))
+    x, t = torch.randn(16, 4, 8, 8), torch.linspace(50, 950, 16).long()
+    cond = {key: value.detach() for key, value in model.condition(model.labels(["a photo of a cat"] * 16)).items()}
+    with torch.no_grad():
+        _, wanted = exact.predict(x, t, cond, 3.0)
+        with torch.autocast("cpu", torch.bfloat16):  # float32 weights, as a student has them
+            _, under_autocast = exact.predict(x, t, cond, 3.0)
+        model.to("cpu", torch.bfloat16)
+        seen, forward = [], model.network.forward
+        model.network.forward = lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or forward(*a, **k)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, plain = model.predict(x, t, cond, 3.0)
+    assert seen == [False] and plain.dtype == torch.float32
+    error, usual = (plain - wanted).square().mean().sqrt(), (under_autocast - wanted).square().mean().sqrt()
+    assert 0 < error < 1.5 * usual
+
+
+def test_the_vae_encodes_a_few_images_at_a_time(folder):
+    model = load(folder("epsilon"))
+    pixels, tokens = torch.rand(20, 3, 16, 16) * 2 - 1, model.labels(["a cat"] * 20)
+    whole = model.vae.encode(pixels).latent_dist.mode() * model.vae.config.scaling_factor
+    sizes, encode = [], model.vae.encode
+    model.vae.encode = lambda x: sizes.append(len(x)) or encode(x)
+    x0, _ = model.prepare(pixels, tokens)
+    torch.testing.assert_close(x0, whole)
+    assert sizes == [8, 8, 4]
 
 
 @pytest.mark.parametrize(

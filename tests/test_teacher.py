@@ -1,17 +1,20 @@
 """Teachers are diffusers pipeline folders of every prediction type and schedule, with and without labels."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import one_line, unet
 from conftest import save as save_parts
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
+import distill
 import sample
 import teacher
 from data import BadInput
-from splam import ConsistencyFunction, boundary
+from splam import ConsistencyFunction, boundary, to_x0_eps
 from teacher import ImageModel, PointModel, fit_or_load, load, save
 from toy.distributions import DISTRIBUTIONS
 from toy.laboratory import pf_ode_end
@@ -148,6 +151,97 @@ def test_a_folder_holds_a_lora_or_a_pipeline_and_never_both(tmp_path, monkeypatc
     monkeypatch.setattr(model, "write", lambda draft: (draft / teacher.LORA_FILE).touch())
     save(model, folder)
     assert (folder / teacher.LORA_FILE).is_file() and not (folder / "model_index.json").exists()
+
+
+UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def edit(file, **changes):
+    """Entries of a JSON file become others."""
+    return lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+
+def replaced(file, content):
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def without(part):
+    return lambda folder: shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
+
+
+def without_weights(file, name):
+    def change(folder):
+        save_file({key: w for key, w in load_file(folder / file).items() if key != name}, folder / file)
+
+    return change
+
+
+def of_flow_matching(folder):
+    edit("model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])(folder)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+
+
+BROKEN = {
+    "the index is a list": (replaced("model_index.json", b"[]"), "no JSON object"),
+    "the index is no text": (replaced("model_index.json", b"\xff\xfe"), "cannot read"),
+    "the index names a number": (edit("model_index.json", unet=3), "no kind of teacher"),
+    "the index names half a part": (edit("model_index.json", scheduler=["diffusers"]), "cannot load"),
+    "the index names no class": (edit("model_index.json", scheduler=["diffusers", "Nonsense"]), "cannot load"),
+    "the network is missing": (without("unet"), "cannot load"),
+    "the scheduler is missing": (without("scheduler"), "cannot load"),
+    "the network's config is empty": (replaced(UNET, b""), "cannot load"),
+    "the network's config is another's": (edit(UNET, in_channels=4), "cannot load"),
+    "the network's config is no config": (edit(UNET, num_class_embeds="x"), "cannot load"),
+    "the weights are torn": (lambda folder: replaced(WEIGHTS, (folder / WEIGHTS).read_bytes()[:100])(folder), "cannot"),
+    "the weights are garbage": (replaced(WEIGHTS, b"garbage" * 50), "cannot load"),
+    "a weight is missing": (without_weights(WEIGHTS, "conv_in.weight"), "no weights for some"),
+    "no size": (edit(UNET, sample_size=None), "None pixels"),
+    "no square": (edit(UNET, sample_size=[8, 8]), "a square"),
+    "flow matching": (of_flow_matching, "FlowMatchEulerDiscreteScheduler"),
+    "an unknown prediction": (edit(SCHEDULER, prediction_type="flow"), "'flow'"),
+    "an unknown schedule": (edit(SCHEDULER, beta_schedule="foo"), "foo is not implemented"),
+    "a schedule of nothing": (edit(SCHEDULER, num_train_timesteps=0), "does not fall"),
+    "a schedule without noise": (edit(SCHEDULER, beta_start=0, beta_end=0), "does not fall"),
+    "a schedule of nan": (edit(SCHEDULER, beta_end=float("nan")), "does not fall"),
+    "epsilon with zero terminal SNR": (edit(SCHEDULER, rescale_betas_zero_snr=True), "zero terminal SNR"),
+}
+
+
+@pytest.mark.parametrize("change, words", BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_refused_in_one_line(tmp_path, change, words):
+    folder = save_parts(tmp_path, unet())
+    load(str(folder))  # which is whole until now
+    change(folder)
+    with pytest.raises(BadInput, match=words) as refusal:
+        load(str(folder))
+    assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+def test_a_schedule_that_the_students_scheduler_does_not_have_is_refused_before_training(tmp_path, call):
+    folder = save_parts(tmp_path / "teacher", unet(), beta_schedule="sigmoid")  # DDPM's has it, LCM's has not
+    flags = ["--pretrained_teacher_model", folder, "--data", "nowhere", "--output_dir", tmp_path / "out"]
+    status, _, err = call(distill.main, *flags)
+    assert status == 2 and "sigmoid" in one_line(err)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_a_network_that_predicts_its_variance_too_is_used_without(tmp_path, prediction_type):
+    """As diffusers does it: the first half of the output is ε, v or x_0."""
+    network = unet(classes=4, out_channels=6)
+    model = load(str(save_parts(tmp_path / "t", network, prediction_type, variance_type="learned_range")))
+    x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([100, 900]), {"class_labels": torch.tensor([0, 3])}
+    with torch.no_grad():
+        x0, eps = model.predict(x, t, cond)
+        half = network(x, t, **cond).sample[:, :3]
+    wanted = to_x0_eps(half, x, *model.schedule.at(t, 4), prediction_type)
+    torch.testing.assert_close((x0, eps), wanted)
+    save(model.student(model.network.state_dict(), 50), tmp_path / "s")
+    stock = DDPMPipeline.from_pretrained(tmp_path / "s").unet
+    with torch.no_grad():
+        torch.testing.assert_close(stock(x, t, **cond).sample, half)
+    for sampler in ("ddim", "dpmsolver++"):
+        assert sample.sample(model, range(2), 3, sampler).isfinite().all()
 
 
 def test_weights_in_a_pickle_are_refused(tmp_path):

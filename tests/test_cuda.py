@@ -1,0 +1,110 @@
+"""On a GPU that is not there. FakeTensorMode computes shapes, types and devices of tensors without their values. So a
+tensor left on the CPU raises where it meets one on "cuda", as it would on a real one."""
+
+import copy
+
+import pytest
+import torch
+from conftest import save, unet
+from test_stable_diffusion import pipeline
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+
+import evaluate
+import splam
+from sample import sample
+from splam import ConsistencyFunction, Draws
+from teacher import StableDiffusion, load
+from toy.distributions import GaussianMixture
+from toy.features import Classifier
+from toy.mlp import PointMLP
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch was built without CUDA")
+KINDS = ["points", "ideal points", "images", "text-to-image"]
+
+
+def model_of(kind, tmp_path):
+    if kind == "text-to-image":
+        return StableDiffusion(pipeline(), "tiny")
+    if kind == "images":
+        return load(str(save(tmp_path, unet(classes=3))))
+    return load(str(save(tmp_path, PointMLP(width=8, num_class_embeds=3, distribution="moons", ideal="ideal" in kind))))
+
+
+class CopyToGpu(TorchFunctionMode):
+    """copy.deepcopy, but each tensor's copy is a fake one on the GPU. (Module.to cannot replace fake parameters.)"""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.Tensor.clone, torch.Tensor.__deepcopy__):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        with self.mode:
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """on_gpu(thing) -> its copy on a fake GPU. All that a test computes is fake."""
+    # autocast looks for a GPU and would switch itself off without one.
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(GaussianMixture, "num_classes", 2)  # which it computes from values
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def copied(thing):
+        with unset_fake_temporarily(), CopyToGpu(mode):
+            return copy.deepcopy(thing)
+
+    with mode:
+        yield copied
+
+
+@pytest.mark.parametrize("ode, conditioning", [("sl", "time"), ("dl", "embedding"), ("lcm", "time")])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guided_step_of_algorithm_1_stays_on_the_gpu(tmp_path, on_gpu, kind, precision, ode, conditioning):
+    with unset_fake_temporarily():
+        real = model_of(kind, tmp_path).to("cpu", precision)
+        student = ConsistencyFunction(real.copy_network(), real.schedule, real.prediction_type, conditioning)
+        labels = real.labels([])[:2]
+    teacher, student, target = on_gpu(real), on_gpu(student), on_gpu(student)
+    draws = splam.draw((2, *teacher.shape), 1000, 50, torch.Generator(), 2)
+    draws = Draws(*[part.to("cuda") for part in draws])
+    x = torch.empty(2, 3, 16, 16, device="cuda") if kind == "text-to-image" else draws.noise
+    with torch.autocast("cuda", precision):
+        x0, cond = teacher.prepare(x, on_gpu(labels))
+        loss = splam.splad_loss(
+            student, target, lambda x, t: teacher.predict(x, t, cond, 3.0), teacher.schedule, x0, cond, draws,
+            k=100, solver_step=50, ode=ode, metric="huber",
+        )  # fmt: skip
+    assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.requires_grad
+    splam.ema_update(target, student, 0.95)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_is_sampled_on_the_gpu_and_its_samples_come_back(tmp_path, on_gpu, kind):
+    with unset_fake_temporarily():
+        teacher = model_of(kind, tmp_path)
+        student = teacher.student(teacher.network.state_dict(), 50)
+    samples = sample(on_gpu(student), range(3), 2, "lcm", mixed_precision="bf16")
+    assert samples.device.type == "cpu" and len(samples) == 3
+
+
+def test_features_are_computed_on_the_gpu(on_gpu):
+    with unset_fake_temporarily():
+        network = Classifier(3).eval()
+    measure = object.__new__(evaluate.ImageFeatures)
+    measure.network, measure.device = on_gpu(network), torch.device("cuda")
+    measure.classes, measure.features, measure.right = [], [], []
+    measure.update(torch.empty(300, 3, 32, 32, dtype=torch.uint8), [])
+    assert [part.device.type for part in measure.features] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("mistake", [lambda: torch.ones(2) + torch.empty(2, device="cuda")])
+def test_a_mistake_would_raise(on_gpu, mistake):
+    with pytest.raises(RuntimeError, match="device"):
+        mistake()
