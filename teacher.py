@@ -68,7 +68,7 @@ class DiffusionModel:
     def __init__(self, network: nn.Module, scheduler, name: str):
         from diffusers import LCMScheduler
 
-        _drop_variance(network, scheduler)
+        _drop_variance(network)
         _check_parts(network, scheduler, name)
         # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
@@ -197,7 +197,7 @@ class DiffusionModel:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def _drop_variance(network: nn.Module, scheduler) -> None:
+def _drop_variance(network: nn.Module) -> None:
     """Of a U-Net that also predicts the variance of DDPM's steps, keeps what predicts the mean: the first half of its
     output. No ODE asks for the other half, and a network with as many channels out as in is one that any sampler takes.
     """
@@ -206,7 +206,6 @@ def _drop_variance(network: nn.Module, scheduler) -> None:
         head = network.conv_out
         head.weight, head.bias = nn.Parameter(head.weight[:channels]), nn.Parameter(head.bias[:channels])
         network.register_to_config(out_channels=channels)
-        scheduler.register_to_config(variance_type="fixed_small")
 
 
 def _check_parts(network: nn.Module, scheduler, name: str) -> None:

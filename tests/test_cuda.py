@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import evaluate
 import splam
 from sample import sample
-from splam import ConsistencyFunction, Draws
+from splam import ConsistencyFunction, Draws, Schedule
 from teacher import StableDiffusion, load
 from toy.distributions import GaussianMixture
 from toy.features import Classifier
@@ -53,6 +53,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(GaussianMixture, "num_classes", 2)  # which it computes from values
+    monkeypatch.setattr(Schedule, "__deepcopy__", lambda schedule, memo: schedule, raising=False)  # stays on the CPU
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def copied(thing):
