@@ -234,6 +234,7 @@ class Distillation:
         # The teacher is never trained. So its weights may be kept in the precision in which it computes. The student's
         # may not: bf16 would round an AdamW step of 8e-6 away, for all but the smallest weights.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
+        training.allow_tf32(args)  # before the data set is made, which may encode all images
         self.run = training.Run(args, student, dataset or teacher.dataset(args), {"target": self.target})
         # Compiled in place, so that names of weights and the modules around them stay what they are.
         if args.torch_compile:

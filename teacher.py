@@ -468,19 +468,23 @@ KINDS = (PointModel, ImageModel, StableDiffusion)
 
 
 def save(model: DiffusionModel, folder: Path) -> None:
-    """Writes the model's folder. It is complete under another name before its parts take the place of older ones."""
-    draft = folder / "pipeline.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    model.write(draft)
-    for name in (LORA_FILE, "model_index.json"):  # a LoRA and a pipeline in one folder would be taken for each other
-        if not (draft / name).exists():
+    """Writes the model's folder. It is complete under another name before its parts take the place of older ones.
+
+    What `load` looks for first is removed first and comes last, so that a folder that has it is whole, and never a
+    mixture of two models. OSError if it cannot be written.
+    """
+    draft, marks = folder / "pipeline.tmp", (LORA_FILE, "model_index.json")
+    with training.writing(folder):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        model.write(draft)
+        for name in marks:
             (folder / name).unlink(missing_ok=True)
-    for part in draft.iterdir():
-        if (folder / part.name).is_dir():
-            shutil.rmtree(folder / part.name)
-        part.replace(folder / part.name)
-    draft.rmdir()
+        for part in sorted(draft.iterdir(), key=lambda part: part.name in marks):
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
+        draft.rmdir()
 
 
 def load(name: str) -> DiffusionModel:

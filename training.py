@@ -18,10 +18,13 @@ that is random is a function of the seed and the step, and never of what happene
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +32,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env, set_seed
+from accelerate.utils import fsdp2_prepare_model, load, parse_flag_from_env, set_seed
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -37,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import BadInput, EndlessBatches, Shards, refuse, writable_folder
+from data import BadInput, EndlessBatches, Shards, read_json, refuse, writable_folder
 
 log = logging.getLogger("training")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -120,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max_grad_norm", type=amount, help="gradients are clipped to this L2 norm; paper: 10")
     flag("--mixed_precision", choices=list(DTYPES), default="no", help="of the networks")
     flag("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, on a GPU")
-    flag("--allow_tf32", action="store_true", help="faster float32 on Ampere and later GPUs")
+    flag("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
     flag("--dataloader_num_workers", type=count, default=0, help="processes that read data")
     flag = parser.add_argument_group("output, checkpoints and logs").add_argument
     flag("--output_dir", help="all that the run writes lies below it (default: runs/ and a name)")
@@ -156,6 +161,13 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[mixed_precision], enabled=mixed_precision != "no")
 
 
+def allow_tf32(args: argparse.Namespace) -> None:
+    """Sets what --allow_tf32 says. To be called before anything is encoded, or a cache would have another precision."""
+    # Matrix products only. Convolutions keep PyTorch's default, which allows TF32: without it, the float32 convolutions
+    # of a VAE would take longer than all the rest of a distillation.
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+
+
 def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> Iterator[list[Tensor]]:
     """Batches without end, from a `position` as EndlessBatches and Shards.batches take it."""
     # batch_size=None: what the sampler yields, and what shards yield, are whole batches already.
@@ -169,6 +181,36 @@ def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> I
 def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, where FSDP has spread them over the processes. Every process must call this."""
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache  # which keeps the lock until the process ends, and lets the same process use the folder again
+def keep_others_out(folder: Path) -> FileLock:
+    """Refuses to write to a folder, given by its absolute path, to which another process writes.
+
+    The system takes the lock back however the process ends, so a killed run leaves none behind.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        if process().is_main_process:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"another run is writing to {folder}: give this one another --output_dir") from None
+    return lock
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes an OSError that names the folder of what the libraries raise when, for one, a disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are torch.save's and safetensors' own
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot write {folder}: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,10 +234,12 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _adamw(args: argparse.Namespace) -> type[torch.optim.Optimizer]:
+def _adamw(args: argparse.Namespace, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer's class. The 8-bit one keeps its moments in a quarter of the memory, on a GPU."""
     if not args.use_8bit_adam:
-        return torch.optim.AdamW
+        # Fused: a few kernels for all weights, on the device to which accelerate is about to move them. Elsewhere None,
+        # which leaves the choice to PyTorch.
+        return functools.partial(torch.optim.AdamW, fused=device.type == "cuda" or None)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -224,15 +268,17 @@ class Run:
         self.accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
         alone = self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
         refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
+        keep_others_out(self.folder.resolve())
         if isinstance(dataset, Shards):
             dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
         # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have
         # different samples.
         set_seed(args.seed, device_specific=True)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        allow_tf32(args)
 
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
-        optimizer = _adamw(args)(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+        adamw = _adamw(args, self.accelerator.device)
+        optimizer = adamw(trained, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
         # None stands for the rules of a schedule in pieces, which has no flag here.
         lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)  # of accelerate launch --use_fsdp
@@ -291,8 +337,12 @@ class Run:
         return [part[first : first + size].to(accelerator.device) for part in draws]
 
     def log(self, step: int, loss: Tensor) -> None:
-        """One line of metrics.jsonl, and the progress bar. Every process must call this: they average their losses."""
+        """One line of metrics.jsonl, and the progress bar. Every process must call this: they average their losses.
+
+        BadInput, on all of them, if the average is not finite.
+        """
         value = self.accelerator.reduce(loss, "mean").item()  # .item() waits for a GPU to finish the step
+        self._refuse_divergence(step, math.isfinite(value), f"the loss is {value}")
         if not self.accelerator.is_main_process:
             return
         values = {"loss": value, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
@@ -301,6 +351,14 @@ class Run:
         self.bar.set_postfix({"loss": f"{value:.4g}"}, refresh=False)
         if self.args.report_to:
             self.accelerator.log(values, step=step)
+
+    def _refuse_divergence(self, step: int, finite: bool, what: str) -> None:
+        if finite:
+            return
+        last = checkpoints(self.folder)
+        ways = f"--resume_from_checkpoint latest goes on from {last[-1]}" if last else "there is no checkpoint yet"
+        ways += ", --overwrite with a smaller --learning_rate starts anew"
+        raise BadInput(f"step {step}: {what}, and nothing of this step was saved; {ways}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -312,23 +370,30 @@ class Run:
         if step % self.args.checkpointing_steps and step != self.args.max_train_steps:
             return
         final, draft = self.folder / f"checkpoint-{step}", self.folder / f"checkpoint-{step}.tmp"
+        averages = {name: gathered(module.state_dict()) for name, module in self.averages.items()}
+        # The loss was taken before the step. What the step has made of the weights shows in their averages first.
+        finite = all(weight.isfinite().all() for weights in averages.values() for weight in weights.values())
+        self._refuse_divergence(step, finite, "weights are no longer finite")
         # The main process clears the place, all write into it, the main one finishes and renames. Between these no
         # process may be ahead of the others.
-        if self.accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(draft))
-        averages = {name: gathered(module.state_dict()) for name, module in self.averages.items()}
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for name, weights in averages.items():
-                save_file(weights, draft / f"{name}.safetensors")
-            (draft / "configuration.json").write_text(json.dumps(self._configuration(), indent=2))
-            shutil.rmtree(final, ignore_errors=True)  # of a run that had gone on from here before
-            draft.rename(final)
-            for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        with writing(draft):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(draft, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(draft))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                for name, weights in averages.items():
+                    save_file(weights, draft / f"{name}.safetensors")
+                files = [file for file in draft.rglob("*") if file.is_file()]  # FSDP's lie in folders
+                sizes = {str(file.relative_to(draft)): file.stat().st_size for file in files}
+                configuration = {**self._configuration(), "step": step, "files": sizes}
+                (draft / "configuration.json").write_text(json.dumps(configuration, indent=2))
+                shutil.rmtree(final, ignore_errors=True)  # of a run that had gone on from here before
+                draft.rename(final)
+                for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+            self.accelerator.wait_for_everyone()
 
     def _configuration(self) -> dict:
         """All that decides what is computed. A batch of 64 and two micro-batches of 32 are the same thing."""
@@ -337,12 +402,44 @@ class Run:
 
     def _differences(self, path: Path) -> list[str]:
         """What is another configuration in the checkpoint than in this run."""
-        refuse(not (path / "configuration.json").is_file(), f"{path} is not a checkpoint of this program")
-        there, here = json.loads((path / "configuration.json").read_text()), self._configuration()
+        with self._reading(path):
+            file, here = path / "configuration.json", self._configuration()
+            there = read_json(file) if file.is_file() else {}
+            refuse(not {"step", "files"} <= there.keys(), "it is not a checkpoint of this program")
         # A flag that one of the two did not know counts as not given.
-        known = sorted({*there, *here} - {*FREE_FLAGS})
+        known = sorted({*there, *here} - {*FREE_FLAGS, "step", "files"})
         differing = [key for key in known if there.get(key) != here.get(key)]
         return [f"{key} was {there.get(key)} and is {here.get(key)}" for key in differing]
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Makes a BadInput, which names another checkpoint, of whatever is raised while this one is read."""
+        try:
+            yield
+        except Exception as error:  # each of the formats has errors of its own, and damage can look like any of them
+            others = [other for other in checkpoints(self.folder) if other.resolve() != path.resolve()]
+            ways = f"--resume_from_checkpoint {others[-1]} goes on from there" if others else "there is no other"
+            reason = str(error).partition("\n")[0]
+            raise BadInput(f"cannot resume from {path}: {reason}; {ways}, --overwrite starts anew") from error
+
+    def _resume(self, path: Path) -> None:
+        """Reads a checkpoint into all that is prepared."""
+        differences = self._differences(path)
+        refuse(differences, f"{path} is of another configuration: {', '.join(differences)}")
+        with self._reading(path):
+            there = read_json(path / "configuration.json")
+            for name, size in there["files"].items():
+                whole = (path / name).is_file() and (path / name).stat().st_size == size
+                refuse(not whole, f"its {name} is missing, or has not the {size} bytes that were written")
+            load(path / "random_states_0.pkl")  # accelerate passes over random states that it cannot read
+            # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded
+            # format is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
+            self.accelerator.load_state(str(path))
+            # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
+            for name, module in self.averages.items():
+                weights = load_file(path / f"{name}.safetensors")
+                set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+            self.step = int(there["step"])  # a copy of a checkpoint may have any name
 
     def _begin(self) -> None:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
@@ -354,10 +451,9 @@ class Run:
             if self.accelerator.is_main_process:
                 for checkpoint in earlier:
                     shutil.rmtree(checkpoint)
-                (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
-            return
-        if path == "latest":
+            earlier, path = [], None
+        elif path == "latest":
             path = earlier[-1] if earlier else None  # None: the first of several equal commands begins the run
         elif not path and earlier and _step_of(earlier[-1]) == args.max_train_steps:
             if not self._differences(earlier[-1]):
@@ -365,18 +461,19 @@ class Run:
                 log.warning("%s holds this run, finished: --overwrite trains it anew", self.folder)
                 path = earlier[-1]
         if path:
-            path = Path(path)
-            differences = self._differences(path)
-            refuse(differences, f"{path} is of another configuration: {', '.join(differences)}")
-            # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded
-            # format is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
-            self.accelerator.load_state(str(path))
-            # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
-            for name, module in self.averages.items():
-                weights = load_file(path / f"{name}.safetensors")
-                set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
-            self.step = _step_of(path)
+            self._resume(Path(path))
         elif earlier:
             ways = "--resume_from_checkpoint latest goes on with it, --overwrite starts anew"
             holds = f"{self.folder} holds {earlier[-1].name} of an earlier run"
             raise BadInput(f"{holds}: {ways}, another --output_dir keeps both")
+        if self.accelerator.is_main_process:
+            self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        """Leaves what was logged before the next step. The steps from there on come again, and a kill may have torn a
+        line."""
+        metrics, draft = self.folder / "metrics.jsonl", self.folder / "metrics.jsonl.tmp"
+        lines = metrics.read_text(errors="replace").splitlines(keepends=True) if metrics.is_file() else []
+        steps = [re.match(r'{"step": (\d+),', line) for line in lines]
+        draft.write_text("".join(line for line, n in zip(lines, steps, strict=True) if n and int(n[1]) <= self.step))
+        draft.replace(metrics)

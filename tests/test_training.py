@@ -1,14 +1,22 @@
 """Long runs: resumed after a kill, on several processes, in several micro-batches - always the same run."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, killed_at, losses, one_line, python, save
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import distill
+import teacher
 import training
 from toy.mlp import PointMLP
 
@@ -193,9 +201,270 @@ def test_a_checkpoint_cannot_run_code(flags, tmp_path, call):
     assert call(distill.main, *flags, "--output_dir", out)[0] == 0
     assert not list(out.rglob("unet/*.bin"))
     torch.save(Evil(tmp_path / "owned"), out / "checkpoint-6/optimizer.bin")
-    with pytest.raises(Exception, match="[Ww]eights"):
-        call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    configuration = json.loads((out / "checkpoint-6/configuration.json").read_text())
+    configuration["files"]["optimizer.bin"] = (out / "checkpoint-6/optimizer.bin").stat().st_size
+    (out / "checkpoint-6/configuration.json").write_text(json.dumps(configuration))
+    status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    assert status == 2 and re.search("[Ww]eights", one_line(err)), err
     assert not (tmp_path / "owned").exists()
+
+
+def unchanged(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What lies in the folder, to be compared with what lies there later."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "torn": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "garbage": lambda file: file.write_bytes(b"\xff" * file.stat().st_size),
+}
+FILES = ["model.safetensors", "target.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_another(flags, tmp_path, call):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call(distill.main, *flags, "--output_dir", whole)[0] == 0
+    cases = [(file, name, damage) for file in [*FILES, "configuration.json"] for name, damage in DAMAGES.items()]
+    for text in ("[]", "{}", '{"step": 6}', (whole / "checkpoint-6/configuration.json").read_text() + "}"):
+        cases.append(("configuration.json", text, lambda file, text=text: file.write_text(text)))
+    for file, name, damage in cases:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out)
+        damage(out / "checkpoint-6" / file)
+        before = unchanged(out)
+        status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+        assert status == 2 and f"cannot resume from {out}/checkpoint-6: " in one_line(err), (file, name, err)
+        assert f"--resume_from_checkpoint {out}/checkpoint-4 goes on" in err, (file, name, err)
+        # Garbage of the right length is found by the reader of its format, which does not know the file's name.
+        assert file in FILES and name == "garbage" or file in err or "not a checkpoint" in err, (file, name, err)
+        assert before == unchanged(out), (file, name)
+    again = ["--output_dir", out, "--resume_from_checkpoint", out / "checkpoint-4"]
+    assert call(distill.main, *flags, *again)[0] == 0
+    assert_equal(everything(out), everything(whole))
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "checkpoint-6/optimizer.bin").unlink()
+    status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    assert status == 2 and "there is no other" in one_line(err)
+
+
+def test_a_checkpoint_may_have_any_name(flags, tmp_path, call):
+    assert call(distill.main, *flags, "--output_dir", tmp_path / "whole")[0] == 0
+    copy = shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "checkpoint-5000")
+    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", copy)
+    assert status == 0, err
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")[4:]
+    assert_equal(everything(tmp_path / "out"), everything(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kept", [[], ["checkpoint-4"], ["checkpoint-4", "checkpoint-6"]])
+def test_after_a_resume_the_log_has_each_step_once(flags, tmp_path, call, kept):
+    """Also where no checkpoint was reached, and where the last line was torn or is no text at all."""
+    out = tmp_path / "out"
+    assert call(distill.main, *flags, "--output_dir", out)[0] == 0
+    log = (out / "metrics.jsonl").read_bytes()
+    for path in training.checkpoints(out):
+        if path.name not in kept:
+            shutil.rmtree(path)
+    (out / "metrics.jsonl").write_bytes(
+        log + b'{"step": 7, "loss": 0.1}\n' + b'{"step": 1\n' + b'\xff\0{"step": 8, "lo'
+    )
+    status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    assert status == 0 and (out / "metrics.jsonl").read_bytes() == log, err
+
+
+@pytest.mark.parametrize(
+    "rate, warm_up, words",
+    [
+        (1e30, 1, "step 2: the loss is nan, and nothing of this step was saved; --resume_from_checkpoint latest"),
+        (1e30, 2, "step 3: the loss is nan"),
+        (1e300, 0, "step 1: weights are no longer finite, and nothing of this step was saved; there is no checkpoint"),
+    ],
+)
+def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path, call, rate, warm_up, words):
+    out = tmp_path / "out"
+    more = ["--learning_rate", rate, "--checkpointing_steps", 1, "--lr_warmup_steps", warm_up, "--output_dir", out]
+    status, _, err = call(distill.main, *flags, *more)
+    assert status == 2 and words in one_line(err), err
+    named = re.search(r"goes on from (\S+),", err)
+    assert [str(path) for path in training.checkpoints(out)][-1:] == ([named[1]] if named else [])
+    assert len(losses(out)) == (0 if rate == 1e300 else int(words[5]) - 1) or rate == 1e300
+    assert not (out / "model_index.json").exists()
+
+
+def start(script: str, *arguments) -> subprocess.Popen:
+    """A process of its own that can be read from and written to."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, text=True, env=environment, cwd=ROOT, **pipes)
+
+
+TELLS = """import distill, training
+log = training.Run.log
+def log_and_tell(run, step, loss):
+    log(run, step, loss)
+    print(step, flush=True)
+    {then}
+training.Run.log = log_and_tell
+distill.main()"""
+
+
+def test_a_folder_takes_one_run_at_a_time(flags, tmp_path, call):
+    """While a run is held up in its third step nobody else may begin there. A killed one leaves nothing to wait for,
+    although its data workers outlive it."""
+    out = tmp_path / "out"
+    held = "step == 3 and input()"
+    first = start(TELLS.format(then=held), *flags, "--output_dir", out, "--dataloader_num_workers", 1)
+    while first.stdout.readline() not in ("3\n", ""):
+        pass
+    assert first.poll() is None, first.stderr.read()
+    before = unchanged(out)
+    for more in ([], ["--overwrite"], ["--resume_from_checkpoint", "latest"]):
+        status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
+        assert status == 2 and f"another run is writing to {out}" in one_line(err), err
+    assert before == unchanged(out)
+    first.kill()
+    first.wait()
+    status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    assert status == 0 and len(losses(out)) == 6, err
+    assert call(distill.main, *flags, "--output_dir", out, "--overwrite")[0] == 0  # one process may come again
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_one_line_and_leaves_whole_checkpoints(flags, tmp_path, call, monkeypatch, sent):
+    """At whatever moment it comes: a checkpoint is being written most of the time."""
+    more = ["--output_dir", tmp_path, "--checkpointing_steps", 1, "--max_train_steps", 10**6]
+    run = start(TELLS.format(then=""), *flags, *more)
+    while run.stdout.readline() not in ("7\n", ""):
+        pass
+    run.send_signal(sent)
+    out, err = run.communicate()
+    assert run.returncode == 130 and "interrupted" in err.splitlines()[-1], err
+    assert "--resume_from_checkpoint latest" in err.splitlines()[-1] and "Traceback" not in err
+    last = training.checkpoints(tmp_path)[-1]
+    assert int(last.name.removeprefix("checkpoint-")) >= 6
+
+    def interrupt(run, step, loss):
+        assert f"checkpoint-{step - 1}" == last.name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Run, "log", interrupt)
+    for path in training.checkpoints(tmp_path):
+        last = path
+        status, _, err = call(distill.main, *flags, *more, "--resume_from_checkpoint", path)
+        assert status == 130 and "interrupted" in one_line(err), err
+
+
+@pytest.mark.parametrize(
+    "owner, writer, error, reason",
+    [
+        (training, "save_file", SafetensorError("I/O error: No space left\n(os error 28)"), "I/O error: No space left"),
+        (training, "save_file", OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (torch, "save", RuntimeError("PytorchStreamWriter failed writing file\nframe #0"), "failed writing file"),
+        (Path, "write_text", PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
+        (teacher.PointModel, "write", SafetensorError("No space left"), "No space left"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line_and_spoils_nothing(
+    flags, tmp_path, call, monkeypatch, owner, writer, error, reason
+):
+    """Each library has an error of its own for a full disk."""
+    out = tmp_path / "out"
+    write, place = getattr(owner, writer), "pipeline.tmp" if writer == "write" else "checkpoint-4.tmp"
+
+    def failing(*arguments, **options):
+        if any(place in str(argument) for argument in arguments):
+            raise error
+        return write(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, writer, failing)
+        status, _, err = call(distill.main, *flags, "--output_dir", out)
+    where = out if writer == "write" else out / place
+    assert status == 1 and f"cannot write {where}: " in one_line(err) and reason in err, err
+    assert "--resume_from_checkpoint latest" in err and not (out / "model_index.json").exists()
+    assert [p.name for p in training.checkpoints(out)][-1] == ("checkpoint-6" if where == out else "checkpoint-2")
+    assert call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")[0] == 0
+    assert len(losses(out)) == 6 and teacher.load(str(out)).is_student
+
+
+# Children that die before their n-th change of a folder's files, for every n-th in a row of numbers, until one of them
+# gets to its end. They are forked when all is imported, or each would need seconds.
+DYING = """
+import os, shutil, sys
+from pathlib import Path
+import distill, teacher, training
+from safetensors.torch import load_file
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+def dies(n, folder, action):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99
+    def hook(event, arguments):
+        nonlocal n
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        # rmtree names files without their folder
+        if (writes or event in CHANGES) and (str(folder) in str(arguments[0]) or os.sep not in str(arguments[0])):
+            n -= 1
+            if n == 0:
+                os._exit(99)
+    sys.addaudithook(hook)
+    action()
+    os._exit(0)
+"""
+# From 3 on: before that there is not even a folder.
+KILLED_RUNS = """
+teacher.PointModel.many_steps, n = 2, 3
+def run(*more):
+    sys.argv = ["distill.py", *sys.argv[2:], "--output_dir", str(out), *more]
+    distill.main()
+while dies(n, out := Path(sys.argv[1]) / f"{n:03d}", run):
+    assert not dies(0, out, lambda: run("--resume_from_checkpoint", "latest"))
+    n += 5
+"""
+KILLED_SAVES = """
+folder, n = Path(sys.argv[1]), 1
+names = [folder / name for name in ("old", "new")]
+old, new = ((load_file(name / "unet/diffusion_pytorch_model.safetensors"), teacher.load(str(name))) for name in names)
+def whole(model):
+    weights, wanted = model.network.state_dict(), {m.prediction_type: w for w, m in (old, new)}[model.prediction_type]
+    return all(weights[name].equal(wanted[name]) for name in wanted)
+found = []
+while dies(n, out := folder / f"out{n}", lambda: teacher.save(new[1], shutil.copytree(names[0], out))):
+    if (out / "model_index.json").exists():
+        found.append(teacher.load(str(out)).prediction_type)
+        assert whole(teacher.load(str(out))), n
+    teacher.save(new[1], out)
+    assert teacher.load(str(out)).prediction_type == new[1].prediction_type and not (out / "pipeline.tmp").exists()
+    n += 1
+print(n, *found)
+"""
+
+
+def test_a_run_killed_before_any_change_of_its_files_ends_as_if_it_had_not_been(flags, tmp_path):
+    done = python("-c", DYING + KILLED_RUNS, tmp_path / "out", *flags, "--checkpoints_total_limit", 1)
+    assert done.returncode == 0, done.stderr
+    *killed, whole = sorted((tmp_path / "out").iterdir())
+    assert len(killed) > 10
+    for out in killed:
+        assert_equal(everything(out), everything(whole))
+        assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+        assert not teacher.load(str(out)).network.training
+
+
+def test_a_folder_that_is_replaced_never_looks_finished_when_it_is_not(tmp_path):
+    for seed, kind in enumerate(("epsilon", "v_prediction")):
+        torch.manual_seed(seed)
+        save(tmp_path / ("old", "new")[seed], PointMLP(width=16, depth=1), kind, clip_sample=False)
+    done = python("-c", DYING + KILLED_SAVES, tmp_path)
+    assert done.returncode == 0, done.stderr
+    n, *found = done.stdout.split()
+    assert int(n) > 12 and found == sorted(found) and {*found} == {"epsilon", "v_prediction"}
 
 
 def test_tensorboard_gets_what_metrics_jsonl_gets(flags, tmp_path, call):

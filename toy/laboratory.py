@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -169,7 +170,9 @@ def bench(name: str, *arguments, **options) -> Bench:
 def prepare(job: Job) -> tuple[argparse.Namespace, DiffusionModel, Bench]:
     """The job's flags as distill.py reads them, its teacher and its bench."""
     name = fit_teacher(job)  # in a script it is there by now, and only found
-    args, model = distill.configure([*job.flags, "--pretrained_teacher_model", name])
+    # A folder for each student, since no two runs may write to the same one.
+    where = ["--pretrained_teacher_model", name, "--output_dir", str(WORK / key(job))]
+    args, model = distill.configure([*job.flags, *where])
     options = {"features": job.features, "mixed_precision": args.mixed_precision}
     return args, model, bench(name, args.data, job.num_samples, args.guidance_w, **options)
 
@@ -299,7 +302,7 @@ class Laboratory:
     def job(self, name: str, variant: Variant, seed: int, measure: Callable, at: Iterable[float]) -> Job:
         """A student that is measured `at` these parts of its training, whose length the budget decides."""
         args = self.args
-        flags = [*self.flags, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(WORK)]
+        flags = [*self.flags, *variant.flags.split(), "--seed", str(seed)]
         parsed = distill.parser().parse_args(flags)
         steps = parsed.max_train_steps or max(1, args.budget // distill.forward_passes(parsed))
         flags += ["--max_train_steps", str(steps)]
@@ -342,6 +345,7 @@ class Laboratory:
         self._write(found, picture(found), {"students": flags, "first student": vars(first)})
         for path in records:
             path.unlink()
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # where its student was trained
 
     def _write(self, found: Findings, picture: Image.Image, students: dict[str, dict]) -> None:
         """Prints the table, and writes it beside the picture and the rows. `students` are parts of the record."""
