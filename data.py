@@ -4,7 +4,7 @@ Four sources, from the simplest to the largest. Each is a PyTorch dataset whose 
 
     Points          a 2-D distribution                    x_0 (B, 2) and class numbers (B,)
     Images          a folder of images by class           x_0 (B, 3, H, W) in [-1, 1] and class numbers (B,)
-    CaptionFolder   images with captions in a folder      pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
+    CaptionFolder   images with captions in a folder      uint8 pixels (B, 3, R, R) and tokens (B, L)
     Shards          the same in webdataset's tar files    the same, as a stream
     CachedLatents   either of the last two, encoded       latents (B, C, h, w) and text embeddings (B, L, D)
 
@@ -13,12 +13,12 @@ file ends a run. Only if nothing usable is left does the program end, with one l
 """
 
 import bisect
-import copy
 import functools
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -26,18 +26,19 @@ import signal
 import sys
 import tempfile
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
@@ -46,6 +47,8 @@ log = logging.getLogger("data")
 # torch.load can run code that a file contains. This makes every call refuse such files, those inside libraries too.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
+# Only the formats that the extensions promise: PIL knows some, PostScript for one, that it hands to an interpreter.
+FORMATS = ["JPEG", "PNG", "WEBP"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,6 +58,10 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 
 class BadInput(Exception):
     """Something that a person can put right: a flag, a file, a folder. Its text is the one line that they see."""
+
+    def __init__(self, why: str):
+        # A loader's process hands its errors on with their tracebacks, which end with the line that was meant.
+        super().__init__(why.rpartition("BadInput: ")[2].rstrip())
 
 
 def refuse(when: object, why: str) -> None:
@@ -211,9 +218,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 def read_image(file: Path, resolution: int | None) -> Tensor | None:
     """uint8 (3, H, W), a centre square if a resolution is given; None, and a line in the log, if the file is broken."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return centre_square(image, resolution) if resolution else to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # which of these PIL raises depends on the format
+    except Exception as error:  # whatever a file makes a decoder raise; one that would fill the memory is refused too
         log.warning("skipped %s: %s", file, error)
         return None
 
@@ -232,7 +239,8 @@ def image_files(folder: str, split: str) -> list[Path]:
     root = Path(folder) / split
     if split == "train" and not root.is_dir():
         root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    # is_file: to open a pipe that nobody writes to is to wait for ever.
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     missing = not files and not Path(folder).name.startswith("cifar10")
     refuse(missing, f"no images in {root}" if root.is_dir() else f"no such folder: {root}")
     return files
@@ -326,16 +334,19 @@ def reference_set(data: str, split: str, resolution: int | None) -> Tensor | Ima
 # ---------------------------------------------------------------------------------------------------------------------
 
 Tokenize = Callable[[list[str]], Tensor]  # captions -> tokens (B, L)
-Batches = Iterator[tuple[Tensor, Tensor]]  # pixels (B, 3, R, R) in [-1, 1] and tokens (B, L)
-Part = tuple[str, Callable[[], Batches]]  # what the cache encodes into one file: its name, and how to read it
+# uint8 pixels (B, 3, R, R) and tokens (B, L). Bytes are a quarter of what floats would be, on the way from a loader's
+# process to the device; there the model turns them into [-1, 1].
+Batches = Iterator[tuple[Tensor, Tensor]]
+Part = tuple[str, slice | str]  # what the cache encodes into one file: its name, and which samples or which shard
 
 
 class PairOptions(NamedTuple):
-    """The size that images get, and which pairs are wanted at all."""
+    """The size that images get, which pairs are wanted at all, and whether --data may run commands."""
 
     resolution: int
     min_image_size: int = 0  # of the original's shorter side
     max_pwatermark: float = 1.0  # LAION's estimate of how likely the image has a watermark
+    allow_pipe: bool = False
 
 
 class Unwanted(Exception):
@@ -343,22 +354,33 @@ class Unwanted(Exception):
 
 
 def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
-    """Pixels and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
+    """Pixels, uint8, and caption of a sample as webdataset has it: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
     # img2dataset writes a json beside each image, with the caption and what is known of the original. A txt goes first.
     facts = json.loads(sample.get("json", "{}"))
     caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise Unwanted("without caption")
     file = next((sample[key] for key in sample if f".{key}" in EXTENSIONS), b"")
-    # Only the formats that the names promise: PIL knows some, PostScript for one, that it hands to an interpreter.
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=["JPEG", "PNG", "WEBP"]) as image:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
         # img2dataset may have made the file smaller than the original was; what counts is the original.
         original = facts.get("original_width"), facts.get("original_height")
         shorter_side = min(original if all(original) else image.size)
         if shorter_side < options.min_image_size or (facts.get("pwatermark") or 0) > options.max_pwatermark:
             raise Unwanted("filtered")
         # Not mirrored, unlike images by class: a caption may say left and right.
-        return to_range(centre_square(image, options.resolution)), caption.strip()
+        return centre_square(image, options.resolution), caption.strip()
+
+
+class Stream(IterableDataset):
+    """What `read(worker, workers)` yields in each of a loader's processes. Not an iterator: they get it pickled, and
+    begin themselves."""
+
+    def __init__(self, read: Callable[[int, int], Iterator]):
+        self.read = read
+
+    def __iter__(self) -> Iterator:
+        info = get_worker_info()
+        return self.read(info.id, info.num_workers) if info else self.read(0, 1)
 
 
 class Pairs:
@@ -452,11 +474,38 @@ class CaptionFolder(Pairs, Dataset):
 
     def parts(self) -> list[Part]:
         """Parts of 1,024 pairs."""
-        slices = [self.samples[i : i + 1024] for i in range(0, len(self), 1024)]
-        return [(f"{i:05d}", lambda part=part: self.batched(self.usable(part))) for i, part in enumerate(slices)]
+        return [(f"{i:05d}", slice(first, first + 1024)) for i, first in enumerate(range(0, len(self), 1024))]
+
+    def read(self, part: slice) -> Batches:
+        """The usable pairs of a part."""
+        return self.batched(self.usable(self.samples[part]))
 
 
-class Shards(Pairs, IterableDataset):
+# {000..999}, {9..0..3} and {a..f}, as braceexpand knows them, without the braces.
+RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?\n?")
+
+
+def expansions(pattern: str) -> int:
+    """At most how many names the braces of a pattern stand for.
+
+    Counted without making any: {0..999999999999} would fill the memory, and so would {0..999}{0..999}{0..999}.
+    """
+
+    def names(text: str) -> int:  # of a text in which <n> has taken the place of braces with n names
+        return math.prod(int(n) for n in re.findall("<(.*?)>", text))
+
+    pattern = re.sub(r"\\.|[<>]", "", pattern, flags=re.DOTALL)  # what is escaped is no brace
+    while braces := re.search("{([^{}]*)}", pattern):  # the innermost first
+        if ends := RANGE.fullmatch(braces[1]):
+            first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
+            n = abs(last - first) // (int(ends[3] or 1) or 1) + 1
+        else:
+            n = sum(map(names, braces[1].split(",")))
+        pattern = f"{pattern[: braces.start()]}<{n}>{pattern[braces.end() :]}"
+    return names(pattern)
+
+
+class Shards(Pairs):
     """webdataset's tar files, as img2dataset writes them: 0.jpg with 0.txt, or with 0.json that holds the caption."""
 
     def __init__(self, data: str, options: PairOptions, tokenize: Tokenize):
@@ -466,12 +515,17 @@ class Shards(Pairs, IterableDataset):
         # {000..999} and :: are expanded here, and what is a local file must exist. All shards of a run are known from
         # its first step on, since each epoch deals them out.
         try:
+            # LAION-5B has 231,349.
+            refuse(sum(map(expansions, data.split("::"))) > 10**6, f"{data} stands for more than a million shards")
             self.urls = expand_urls(data)
-        except (AssertionError, ValueError) as error:  # unbalanced braces, unknown variables
+        except (AssertionError, ValueError, RecursionError) as error:  # unbalanced or deep braces, unknown variables
             raise BadInput(f"{data}: {error}") from None
         for url in self.urls:
-            local = "://" not in url and not url.startswith("pipe:")
-            refuse(local and not os.path.isfile(url), f"no such shard: {url}")
+            # The one scheme that webdataset hands to a shell. For others it starts a program, with the url as it is.
+            scheme = urlparse(url).scheme
+            refuse(scheme == "pipe" and not options.allow_pipe, f"{url} runs a shell command: --allow_pipe allows it")
+            local = scheme == "file" or ("://" not in url and scheme != "pipe")
+            refuse(local and not os.path.isfile(re.sub("^file:(//)?", "", url)), f"no such shard: {url}")
         self.probe(self.samples(self.urls))
 
     def samples(self, urls: list[str]) -> Iterator[dict]:
@@ -488,33 +542,27 @@ class Shards(Pairs, IterableDataset):
 
     def parts(self) -> list[Part]:
         """A part for each shard."""
-        names = [f"{i:05d}-{re.sub(r'[^a-zA-Z0-9_-]', '_', Path(url).stem)}" for i, url in enumerate(self.urls)]
-        readers = [lambda url=url: self.batched(self.usable(self.samples([url]))) for url in self.urls]
-        return list(zip(names, readers, strict=True))
+        stems = [re.sub("[^a-zA-Z0-9_-]", "_", Path(url).stem) for url in self.urls]
+        return [(f"{i:05d}-{stem}", url) for i, (stem, url) in enumerate(zip(stems, self.urls, strict=True))]
+
+    def read(self, part: str) -> Batches:
+        """The usable pairs of a part."""
+        return self.batched(self.usable(self.samples([part])))
 
     def check_readers(self, readers: int) -> None:
-        """Refuses more readers than shards. A run calls it beforehand: inside a loader's process it prints many
-        lines."""
-        why = f"{len(self.urls)} shards in {self.data} cannot be shared by {readers} readers"
-        refuse(len(self.urls) < readers, f"{why}, which are processes times --dataloader_num_workers")
+        """Refuses more readers than shards. A run calls it beforehand, with the number of its processes."""
+        refuse(len(self.urls) < readers, f"{len(self.urls)} shards in {self.data} are too few for {readers} readers")
 
-    def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> IterableDataset:
+    def batches(self, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> Stream:
         """Batches without end for process `rank` of `world`, for DataLoader(batch_size=None).
 
         A tar file cannot be entered in the middle: to skip to batch `start` would mean to read all before it. So
         `start` is part of the seed, and a resumed run goes on in a new order.
         """
-        # A copy that knows its place, and not an iterator: a loader's workers get it pickled, and begin there
-        # themselves.
-        stream = copy.copy(self)
-        stream.place = batch_size, f"{seed} {start}", rank, world
-        return stream
+        return Stream(functools.partial(self._share, batch_size, f"{seed} {start}", rank, world))
 
-    def __iter__(self) -> Batches:
-        batch_size, seed, rank, world = self.place
+    def _share(self, batch_size: int, seed: str, rank: int, world: int, worker: int, workers: int) -> Batches:
         # A reader is a worker of a process. Each has shards of its own, so that no pair is read twice in an epoch.
-        info = get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
         self.check_readers(world * workers)
         return self.batched(self._epochs(seed, rank * workers + worker, world * workers), batch_size)
 
@@ -545,21 +593,31 @@ def load_pairs(data: str, options: tuple, tokenize: Tokenize) -> CaptionFolder |
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def part_batches(pairs: Pairs, parts: list[Part], worker: int, workers: int) -> Iterator[tuple]:
+    """This worker's parts: (name, batch) for each batch of each of them, and (name, None) at a part's end.
+
+    A worker reads whole parts, so that the batches do not depend on how many workers there are.
+    """
+    for name, part in parts[worker::workers]:
+        yield from ((name, batch) for batch in pairs.read(part))
+        yield name, None
+
+
 def cache_pairs(
-    dataset: CaptionFolder | Shards, folder: str, made_from: dict, encode: Callable, rank: int, world: int
+    dataset: Pairs, folder: str, made_from: dict, encode: Callable, rank: int, world: int, workers: int = 0
 ) -> None:
     """Encodes each part of the data into a file of its own, and keeps those that an interrupted run has left.
 
-    `encode` turns pixels (B, 3, R, R) and tokens (B, L) into latents and text embeddings. `made_from` says what the
-    result depends on; a folder that was made from anything else is refused. Process `rank` of `world` does its share
-    only: the caller waits for the others before it reads.
+    `encode` turns pixels (B, 3, R, R) and tokens (B, L) into latents and text embeddings; `workers` processes decode
+    images meanwhile. `made_from` says what the result depends on; a folder that was made from anything else is refused.
+    Process `rank` of `world` does its share only: the caller waits for the others before it reads.
     """
     # cache.json is written first and names all parts; a part is there as soon as its file has its final name. What an
     # interruption leaves is therefore always either complete or seen to be missing.
     target, parts = writable_folder(folder), dataset.parts()
     index, wanted = target / "cache.json", {**made_from, "parts": [name for name, _ in parts]}
     if index.is_file():
-        there = json.loads(index.read_text())
+        there = read_json(index)
         differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
         what = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
         refuse(differing, f"--cache_latents {folder} was made from {what or 'other parts'}: another folder please")
@@ -567,15 +625,23 @@ def cache_pairs(
         draft = target / "cache.json.tmp"
         draft.write_text(json.dumps(wanted, indent=2))
         draft.rename(index)
-    for name, read in tqdm(parts[rank::world], desc="encoding", unit="part", mininterval=1, disable=rank != 0):
-        final, draft = target / f"{name}.safetensors", target / f"{name}.tmp"
-        if not final.exists():
-            # A part is small enough for memory: 1,024 pairs of a folder, or one shard.
-            encoded = [[tensor.cpu() for tensor in encode(*batch)] for batch in read()]
-            empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
-            x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded or empty, strict=True))
-            save_file({"x0": x0, "cond": cond}, draft)
-            draft.rename(final)
+    missing = [(name, part) for name, part in parts[rank::world] if not (target / f"{name}.safetensors").exists()]
+    stream = Stream(functools.partial(part_batches, dataset, missing))
+    loader = DataLoader(stream, batch_size=None, num_workers=min(workers, len(missing)))
+    # Several parts are on their way at once, one for each worker. What waits here are latents and embeddings; a part of
+    # them, 1,024 pairs of a folder or one shard, is small enough for memory.
+    encoded = defaultdict(list)
+    bar = tqdm(total=len(missing), desc="encoding", unit="part", mininterval=1, disable=rank != 0)
+    for name, batch in loader:
+        if batch is not None:
+            encoded[name].append([tensor.cpu() for tensor in encode(*batch)])
+            continue
+        empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
+        x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded.pop(name, empty), strict=True))
+        draft = target / f"{name}.tmp"
+        save_file({"x0": x0, "cond": cond}, draft)
+        draft.rename(target / f"{name}.safetensors")
+        bar.update()
 
 
 class CachedLatents(Dataset):
@@ -585,13 +651,23 @@ class CachedLatents(Dataset):
     def __init__(self, folder: str):
         index = Path(folder) / "cache.json"
         refuse(not index.is_file(), f"no cached latents in {folder}")
-        self.files = [Path(folder) / f"{name}.safetensors" for name in json.loads(index.read_text())["parts"]]
+        names = read_json(index).get("parts")
+        # Names as `parts` makes them: one with .. in it would lead out of the folder.
+        sound = isinstance(names, list) and all(re.fullmatch("[a-zA-Z0-9_-]+", str(name)) for name in names)
+        refuse(not sound, f"{index} was edited: its parts are no list of names")
+        self.files = [Path(folder) / f"{name}.safetensors" for name in names]
         missing = [file.name for file in self.files if not file.is_file()]
         refuse(missing, f"{folder} lacks {len(missing)} of {len(self.files)} parts: {', '.join(missing[:3])}")
         self.starts = [0]  # the number of each file's first row in the whole, and after the last their count
         for file in self.files:
-            with safe_open(file, "pt") as part:
-                self.starts.append(self.starts[-1] + part.get_slice("x0").get_shape()[0])
+            try:
+                with safe_open(file, "pt") as part:  # reads sizes as well, by which a file without its end is known
+                    (rows, *_), (texts, *_) = (part.get_slice(key).get_shape() for key in ("x0", "cond"))
+            except (SafetensorError, ValueError) as error:
+                raise BadInput(f"{file} is damaged, and can be deleted to be encoded again: {error}") from None
+            refuse(rows != texts, f"{file} is damaged: it holds {rows} latents and {texts} texts")
+            self.starts.append(self.starts[-1] + rows)
+        refuse(not len(self), f"{folder} holds no pairs")
 
     def __len__(self) -> int:
         return self.starts[-1]

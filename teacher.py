@@ -18,6 +18,7 @@ needs neither transformers nor peft, and --help none of them.
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import shutil
 import sys
@@ -316,6 +317,11 @@ class ImageModel(DiffusionModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def tokenize(tokenizer, texts: Sequence[str]) -> Tensor:
+    """Texts -> tokens (n, L), where L = 77 is all that CLIP can take. What is longer is cut off."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 class StableDiffusion(DiffusionModel):
     """Any StableDiffusionPipeline: SD1.5, SD2.1 with its v-prediction, and fine-tuned ones.
 
@@ -333,6 +339,9 @@ class StableDiffusion(DiffusionModel):
     def __init__(self, pipeline, name: str):
         super().__init__(pipeline.unet, pipeline.scheduler, name)
         self.pipeline = pipeline
+        # Not a method, which would hold this model: datasets have it, and from Python 3.14 on they are pickled for each
+        # process of a loader.
+        self.tokenize = functools.partial(tokenize, pipeline.tokenizer)
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
         self.null_text: Tensor | None = None  # the empty text's embedding, made when it is first asked for
@@ -362,18 +371,14 @@ class StableDiffusion(DiffusionModel):
         self.network.to(device, dtype)
         return self
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> tokens (n, L), where L = 77 is all that CLIP can take. What is longer is cut off."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return self.pipeline.tokenizer(list(texts), **options).input_ids
-
     def dataset(self, args: argparse.Namespace) -> Dataset:
-        """Pixels and tokens; with --cache_latents, latents and embeddings, which are made now if they are not there."""
+        """uint8 pixels and tokens; with --cache_latents, latents and embeddings, made now if they are not there."""
         resolution, factor = args.resolution or self.resolution, self.pipeline.vae_scale_factor
         data.refuse(resolution % factor, f"--resolution {resolution} is no multiple of the VAE's {factor}")
         # A U-Net takes any size. The student will remember the one at which it was distilled.
         self.resolution, self.shape = resolution, (self.shape[0], resolution // factor, resolution // factor)
-        pairs = data.load_pairs(args.data, (resolution, args.min_image_size, args.max_pwatermark), self.tokenize)
+        options = (resolution, args.min_image_size, args.max_pwatermark, args.allow_pipe)
+        pairs = data.load_pairs(args.data, options, self.tokenize)
         if not args.cache_latents:
             return pairs
         state = training.process()
@@ -386,7 +391,9 @@ class StableDiffusion(DiffusionModel):
                 x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
             return x0, cond["encoder_hidden_states"]
 
-        data.cache_pairs(pairs, args.cache_latents, made_from, encode, state.process_index, state.num_processes)
+        # evaluate.py has no flag for workers.
+        place = (state.process_index, state.num_processes, getattr(args, "dataloader_num_workers", 0))
+        data.cache_pairs(pairs, args.cache_latents, made_from, encode, *place)
         state.wait_for_everyone()
         return data.CachedLatents(args.cache_latents)
 
@@ -399,11 +406,12 @@ class StableDiffusion(DiffusionModel):
 
     @torch.no_grad()
     def prepare(self, x: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels and tokens, or latents and embeddings from a cache -> (latents, condition).
+        """Pixels (uint8, or in [-1, 1]) and tokens, or latents and embeddings of a cache -> (latents, condition).
 
         x_0 is the mean of the VAE's posterior, without a draw from it. In Stable Diffusion's VAEs the posterior's
         deviation is far below one grey level; and so a cache holds the very same x_0.
         """
+        x = data.to_range(x) if x.dtype == torch.uint8 else x  # here, on the device: bytes travel faster
         if not label.is_floating_point():  # tokens are whole numbers, embeddings are not
             # Eight images at a time, as in decode: at 512 pixels one takes more than half a GiB in the encoder.
             with self._vae_precision():

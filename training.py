@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--mixed_precision", choices=list(DTYPES), default="no", help="of the networks")
     flag("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, on a GPU")
     flag("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
-    flag("--dataloader_num_workers", type=count, default=0, help="processes that read data")
+    flag("--dataloader_num_workers", type=count, default=0, help="processes that read data; at most one a shard")
     flag = parser.add_argument_group("output, checkpoints and logs").add_argument
     flag("--output_dir", help="all that the run writes lies below it (default: runs/ and a name)")
     flag("--overwrite", action="store_true", help="start anew, and delete an earlier run's checkpoints")
@@ -144,6 +145,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--min_image_size", type=count, default=0, help="captioned images with a shorter side are left out")
     flag("--max_pwatermark", type=amount, default=1.0, help="and those that LAION thinks likelier to be watermarked")
     flag("--cache_latents", help="folder: encode captioned images once, and train from there")
+    flag("--allow_pipe", action="store_true", help="shards may be 'pipe:...', which runs shell commands")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +155,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def process() -> PartialState:
     """This process's rank and device, also before a Run exists. A program that was not launched has one process."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # Processes wait for each other until all have encoded their share of a cache, which may be hours. By default they
+    # would give up after ten minutes. (If one dies, its launcher ends the others.)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
 
 
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
@@ -174,6 +178,8 @@ def stream_batches(dataset: Dataset | Shards, num_workers: int, **position) -> I
     # Pinned memory lets a GPU fetch a batch while it computes.
     options = {"batch_size": None, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     if isinstance(dataset, Shards):  # which have an order of their own
+        # Each reader needs a shard.
+        options["num_workers"] = min(num_workers, len(dataset.urls) // position.get("world", 1))
         return iter(DataLoader(dataset.batches(**position), **options))
     return iter(DataLoader(dataset, sampler=EndlessBatches(len(dataset), **position), **options))
 
@@ -220,7 +226,7 @@ def writing(folder: Path) -> Iterator[None]:
 # Flags that may differ between a checkpoint and the run that resumes it: they change nothing of what is computed. The
 # last two count together with the number of processes, as the total batch size.
 FREE_FLAGS = """output_dir overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
-validation_steps num_eval_samples prompts dataloader_num_workers benchmark timed_steps
+validation_steps num_eval_samples prompts dataloader_num_workers allow_pipe benchmark timed_steps
 train_batch_size gradient_accumulation_steps""".split()
 
 
@@ -270,7 +276,7 @@ class Run:
         refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
         keep_others_out(self.folder.resolve())
         if isinstance(dataset, Shards):
-            dataset.check_readers(self.accelerator.num_processes * max(1, args.dataloader_num_workers))
+            dataset.check_readers(self.accelerator.num_processes)
         # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have
         # different samples.
         set_seed(args.seed, device_specific=True)
@@ -320,7 +326,9 @@ class Run:
         position = {"batch_size": args.train_batch_size, "seed": args.seed, "start": start}
         position |= {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
         for batch in stream_batches(self.dataset, args.dataloader_num_workers, **position):
-            yield [part.to(self.accelerator.device) for part in batch]
+            # A copy out of pinned memory need not be waited for: what computes with it is queued behind it, and PyTorch
+            # keeps the pinned memory until the copy is done. Other memory has no such keeper.
+            yield [part.to(self.accelerator.device, non_blocking=part.is_pinned()) for part in batch]
 
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of one step: a function of the seed and the step, the same on every process."""

@@ -1,11 +1,18 @@
 """Where x_0 comes from: each item once an epoch, whatever the number of readers; bad ones skipped; encoded once."""
 
+import argparse
 import io
 import itertools
 import json
 import logging
+import os
+import pickle
+import stat
 import tarfile
+import threading
+import warnings
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,22 +22,30 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as F
+from webdataset.shardlists import expand_urls
 
+import training
 from data import (
     BadInput,
     CachedLatents,
     CaptionFolder,
     EndlessBatches,
     PairOptions,
+    Points,
     Shards,
     cache_pairs,
     centre_square,
+    expansions,
+    image_files,
     load_images,
     load_pairs,
     read_prompts,
+    to_range,
 )
+from teacher import StableDiffusion
 
 
 def write(path, size=(4, 4), seed=0):
@@ -180,7 +195,8 @@ def shards(folder, sizes: list[int]) -> str:
 
 
 def all_tokens(dataset) -> list[int]:
-    return [token for _, read in dataset.parts() for _, tokens in read() for token in tokens.flatten().tolist()]
+    batches = itertools.chain(*(dataset.read(part) for _, part in dataset.parts()))
+    return [token for _, tokens in batches for token in tokens.flatten().tolist()]
 
 
 def take(stream, n: int) -> list[list[int]]:
@@ -213,6 +229,8 @@ def test_left_stays_left_black_is_minus_one_and_white_is_one(tmp_path):
     image.save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("0")
     pixels, _ = load_pairs(str(tmp_path), SMALL, tokenize)[[0] * 16]
+    assert pixels.dtype == torch.uint8  # as they travel; what a model gets is to_range of them
+    pixels = to_range(pixels)
     assert (pixels[..., :4] == 1).all() and (pixels[..., 4:] == -1).all()
 
 
@@ -233,7 +251,7 @@ def test_captions_from_metadata_and_from_files_beside(tmp_path, key, caplog):
     assert isinstance(pairs, CaptionFolder) and len(pairs) == 4
     pixels, tokens = pairs[[3, 0, 1, 2]]
     assert pixels.shape == (4, 3, 8, 8) and tokens.dtype == torch.int64
-    levels = ((pixels.mean((1, 2, 3)) + 1) * 127.5).round().long()
+    levels = ((to_range(pixels).mean((1, 2, 3)) + 1) * 127.5).round().long()
     assert levels.tolist() == tokens.flatten().tolist() and sorted(levels.tolist()) == [0, 1, 2, 3]
     assert "left out 1 of 5" in caplog.text
 
@@ -265,7 +283,7 @@ def test_parts_of_a_folder(tmp_path):
     one, two = pairs.samples[0], pairs.samples[1]
     pairs.samples = [one] * 1024 + [two] * 2 + [one] * 3  # 1029 files take long to make
     assert [name for name, _ in pairs.parts()] == ["00000", "00001"]
-    sizes = [[len(tokens) for _, tokens in read()] for _, read in pairs.parts()]
+    sizes = [[len(tokens) for _, tokens in pairs.read(part)] for _, part in pairs.parts()]
     assert sizes == [[64] * 16, [3]] and pairs.counts["broken"] == 2
 
 
@@ -289,6 +307,53 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "0"}\n' + line)
     with pytest.raises(BadInput, match=r"metadata\.jsonl, line 2 "):
         load_pairs(str(tmp_path), SMALL, tokenize)
+
+
+# -- what lies in a folder and is no good file -------------------------------------------------------------------------
+
+
+def fifo(path):
+    """A pipe. Who opens it gets a "{", and is not left waiting: these tests are to fail, not to hang."""
+    os.mkfifo(path)
+    threading.Thread(target=path.write_text, args=["{"], daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    "name, make, kept",
+    [
+        ("x.jpg", fifo, [0, 1]),
+        ("x.jpg", lambda path: path.mkdir(), [0, 1]),
+        ("x.jpg", lambda path: os.mknod(path, stat.S_IFSOCK), [0, 1]),
+        ("x.jpg", lambda path: path.symlink_to("/dev/null"), [0, 1]),
+        ("0001.txt", fifo, [0]),
+        ("0001.txt", lambda path: path.mkdir(), [0]),
+        ("metadata.jsonl", fifo, [0, 1]),
+    ],
+)
+def test_what_is_no_file_is_never_opened(tmp_path, name, make, kept, caplog):
+    folder_of(tmp_path, range(2))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    assert [path.name for path in image_files(tmp_path, "train")] == ["0000.jpg", "0001.jpg"]
+    assert all_tokens(load_pairs(str(tmp_path), SMALL, tokenize)) == kept and "skipped" not in caplog.text
+
+
+@pytest.mark.parametrize("action, kept", [("ignore", [0, 1]), ("error", [0])])
+def test_images_that_would_fill_the_memory_are_skipped(tmp_path, monkeypatch, caplog, action, kept):
+    """As are other formats than the names promise. PIL warns at its limit, and raises at twice that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for number, size in enumerate([(8, 8), (12, 12), (20, 20)]):
+        (tmp_path / f"{number}.png").write_bytes(encoded(number, size, "PNG"))
+    (tmp_path / "3.png").write_bytes(encoded(format="BMP"))
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(str(number))
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        assert len(load_images(tmp_path, resolution=4)) == len(kept)
+        skipped = caplog.text
+        assert all_tokens(load_pairs(str(tmp_path), SMALL, tokenize)) == kept
+    for text in (skipped, caplog.text.removeprefix(skipped)):
+        assert all((f"{number}.png" in text) == (number not in kept) for number in range(4))
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -322,7 +387,7 @@ def test_batches_are_whole_and_nothing_is_dropped_across_epochs(tmp_path):
 def test_pixels_belong_to_their_captions(tmp_path):
     pairs = load_pairs(shards(tmp_path, [9, 9]), SMALL, tokenize)
     pixels, tokens = next(iter(pairs.batches(18, 0, 0, 0, 1)))
-    assert (((pixels.mean((1, 2, 3)) + 1) * 127.5).round().long() == tokens.flatten()).all()
+    assert (((to_range(pixels).mean((1, 2, 3)) + 1) * 127.5).round().long() == tokens.flatten()).all()
 
 
 def test_the_order_is_a_function_of_the_arguments(tmp_path):
@@ -341,6 +406,25 @@ def test_more_readers_than_shards_are_refused(tmp_path, monkeypatch):
     assert len(take(pairs.batches(1, 0, 0, 0, 1), 1)) == 1
     with pytest.raises(BadInput, match="^2 shards .* 4 readers"):
         iter(pairs.batches(1, 0, 0, 0, 2))
+
+
+@pytest.mark.parametrize("world, workers, used", [(1, 4, 3), (2, 4, 1), (3, 4, 1), (1, 2, 2), (1, 0, 0)])
+def test_no_more_workers_than_shards_are_started(tmp_path, world, workers, used):
+    pairs = load_pairs(shards(tmp_path, [2, 2, 2]), SMALL, tokenize)
+    position = {"batch_size": 2, "seed": 0, "world": world}
+    streams = [training.stream_batches(pairs, workers, rank=rank, **position) for rank in range(world)]
+    assert {stream._num_workers for stream in streams} == {used}
+    epoch = [take(stream, 3 // world) for stream in streams]
+    if used * world == 3 or not used:
+        assert sorted(sum(itertools.chain(*epoch), [])) == list(range(6))
+
+
+def test_what_ends_a_worker_is_one_line(tmp_path):
+    pairs = load_pairs(folder_of(tmp_path, range(2)), SMALL, tokenize)
+    folder_of(tmp_path, range(2), broken={0, 1})
+    with pytest.raises(BadInput, match="^no usable image-caption pairs in .*: 2 members, 2 broken.*$") as ended:
+        next(training.stream_batches(pairs, 1, batch_size=2, seed=0))
+    assert "\n" not in str(ended.value)
 
 
 def spoilt(tmp_path) -> str:
@@ -406,9 +490,68 @@ def test_shards_that_cannot_be_used(tmp_path):
         load_pairs(bad, SMALL, tokenize)
 
 
+@pytest.mark.parametrize("scheme", ["", "file:", "file://"])
+def test_a_pipe_is_no_shard(tmp_path, scheme):
+    fifo(tmp_path / "0.tar")
+    with pytest.raises(BadInput, match="^no such shard: "):
+        load_pairs(f"{scheme}{tmp_path}/0.tar", SMALL, tokenize)
+    shards(tmp_path, [0, 2])
+    assert all_tokens(load_pairs(f"{scheme}{tmp_path}/1.tar", SMALL, tokenize)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["pipe:{0}", "1.tar::pipe:{0}", "{{pipe:{0},1.tar}}", "p{{ipe:{0},x.tar}}", " pipe:{0}", "PIPE:{0}"]
+)
+def test_a_shell_runs_only_if_it_is_allowed(tmp_path, pattern, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards(tmp_path, [0, 1])
+    with pytest.raises(BadInput, match="runs a shell command: --allow_pipe allows it$"):
+        load_pairs(pattern.format("touch ran.tar"), SMALL, tokenize)
+    assert not (tmp_path / "ran.tar").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..999999999999}.tar",
+        "{-9..999999999999..2}.tar",
+        "{0..999999999999\n}.tar",
+        "{0..999}{0..999}/{0..999}.tar",
+        "{{0..999}{0..999}{0..999},a}.tar",
+        "{{{0..999}}{{0..999}}{0,1}}.tar",
+        "{a..z}" * 9 + ".tar",
+        "{0,1}" * 40 + ".tar",
+        "{0..900000}.tar::{0..900000}.tar",
+        "{" + "9" * 5000 + "..0}.tar",
+        "{" * 3000 + "}" * 3000 + ".tar",
+    ],
+)
+def test_endless_braces_are_refused_before_they_are_expanded(pattern, monkeypatch):
+    expand = lambda urls: expand_urls(urls) if urls[0:9] == "{" * 9 else pytest.fail("expanded")  # noqa: E731
+    monkeypatch.setattr("webdataset.shardlists.expand_urls", expand)
+    with pytest.raises(BadInput, match="more than a million shards|Exceeds the limit|recursion") as refused:
+        load_pairs(pattern, SMALL, tokenize)
+    assert "\n" not in str(refused.value).replace("9\n}", "")
+
+
+@pytest.mark.parametrize("pattern", ["{000..999}.tar", "{0..9..2}", "{c..a}{,x}", "{{0..9},{20..29},x{0,1}}", "a{b}c"])
+def test_names_in_braces_are_counted(pattern):
+    assert expansions(pattern) == len(expand_urls(pattern))
+
+
+@given(st.lists(st.sampled_from(["{", "}", ",", "{0..3}", "{7..1..2}", "{a..C}", "{-1..1}", "x", "\\", "<5>", "0..2"])))
+def test_names_in_braces_are_never_more_than_counted(tokens):
+    try:
+        names = expand_urls("".join(tokens))
+    except ValueError:  # unbalanced
+        return
+    assert len(names) <= expansions("".join(tokens))
+
+
 def test_shards_that_a_command_prints(tmp_path):
     shards(tmp_path, [2])
-    assert all_tokens(load_pairs(f"pipe:cat {tmp_path}/0.tar", SMALL, tokenize)) == [0, 1]
+    allowed = SMALL._replace(allow_pipe=True)
+    assert all_tokens(load_pairs(f"pipe:cat {tmp_path}/0.tar", allowed, tokenize)) == [0, 1]
 
 
 def test_a_folder_may_be_called_like_a_shard(tmp_path):
@@ -460,7 +603,7 @@ def test_filters(tmp_path, source, options, kept, caplog):
 
 def encode(pixels, tokens):
     """An encoder of a kind: latents (B, 1, 4, 4) that depend on the pixels, and an embedding (B, 2) on the tokens."""
-    return pixels.mean(1, keepdim=True)[..., ::2, ::2], tokens.float() * torch.tensor([1.0, -1.0])
+    return to_range(pixels).mean(1, keepdim=True)[..., ::2, ::2], tokens.float() * torch.tensor([1.0, -1.0])
 
 
 def test_the_cache_holds_what_encoding_gives(tmp_path):
@@ -471,7 +614,7 @@ def test_the_cache_holds_what_encoding_gives(tmp_path):
     for rank in (1, 0):
         cache_pairs(pairs, cache, {"teacher": "a"}, encode, rank, 2)
     cached = CachedLatents(cache)
-    wanted = [encode(*batch) for _, read in pairs.parts() for batch in read()]
+    wanted = [encode(*batch) for _, part in pairs.parts() for batch in pairs.read(part)]
     x0, cond = (torch.cat(tensors) for tensors in zip(*wanted, strict=True))
     order = [6, 2, 3, 0, 2, 5, 1, 4]  # across the parts' borders, and one of them twice
     assert len(cached) == 7
@@ -479,6 +622,123 @@ def test_the_cache_holds_what_encoding_gives(tmp_path):
         assert torch.equal(got, all_rows[order])
     for got, _ in DataLoader(cached, sampler=[[1, 5], [5, 1]], batch_size=None, num_workers=2):
         assert {row.sum().item() for row in got} == {row.sum().item() for row in x0[[1, 5]]}
+
+
+def test_a_cache_does_not_depend_on_workers(tmp_path, capfd, monkeypatch):
+    """Nor does the log; and what is there already is not read again."""
+    pairs = load_pairs(shards(tmp_path, [70, 3, 5, 2]), SMALL, tokenize)  # 70 are two batches
+    shard(tmp_path / "1.tar", {"a.jpg": "no image", "a.txt": "0"})
+    log, handler = logging.getLogger("data"), logging.StreamHandler()
+    monkeypatch.setattr(log, "handlers", [handler])
+    for workers in (0, 2, 9):
+        cache_pairs(pairs, tmp_path / f"{workers}", {}, encode, 0, 1, workers)
+        assert capfd.readouterr().err.count("1.tar/a: ") == 1
+    content = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("0", "2", "9")]
+    assert len(content[0]) == 5 and content[0] == content[1] == content[2]
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.tar").write_text("no tar at all")
+    (tmp_path / "2/00002-2.safetensors").unlink()
+    cache_pairs(pairs, tmp_path / "2", {}, encode, 0, 1, 2)
+    assert (tmp_path / "2/00002-2.safetensors").read_bytes() == content[0]["00002-2.safetensors"]
+    assert "skipped" not in capfd.readouterr().err
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def holds(**tensors):
+    return lambda file: save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+
+
+def says(content):
+    return lambda file: file.write_text(content)
+
+
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        ("cache.json", says("{"), "cannot read .*cache.json"),
+        ("cache.json", says("[]"), "cannot read .*cache.json"),
+        ("cache.json", says("{}"), "cache.json was edited"),
+        ("cache.json", says('{"parts": "00000-0"}'), "cache.json was edited"),
+        ("cache.json", says('{"parts": ["../cache/00000-0"]}'), "cache.json was edited"),
+        ("cache.json", says('{"parts": ["%s/00000-0"]}'), "cache.json was edited"),
+        ("cache.json", says('{"parts": ["00000-0", null, ["00001-1"]]}'), "cache.json was edited"),
+        ("cache.json", says('{"parts": [3]}'), "lacks 1 of 1 parts"),
+        ("cache.json", says('{"parts": []}'), "holds no pairs"),
+        ("00000-0.safetensors", cut, "00000-0.safetensors is damaged"),
+        ("00000-0.safetensors", says(""), "00000-0.safetensors is damaged"),
+        ("00000-0.safetensors", says("no tensors" * 99), "00000-0.safetensors is damaged"),
+        ("00000-0.safetensors", holds(x0=(2, 1, 4, 4)), "00000-0.safetensors is damaged"),
+        ("00000-0.safetensors", holds(x0=(), cond=(2, 2)), "00000-0.safetensors is damaged"),
+        ("00000-0.safetensors", holds(x0=(2, 1, 4, 4), cond=(1, 2)), "00000-0.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_cache_is_named(tmp_path, name, damage, words):
+    pairs, cache = load_pairs(shards(tmp_path, [2, 2]), SMALL, tokenize), tmp_path / "cache"
+    cache_pairs(pairs, cache, {}, encode, 0, 1)
+    damage(cache / name)
+    if "%s" in (cache / "cache.json").read_text():
+        (cache / "cache.json").write_text((cache / "cache.json").read_text() % cache)
+    with pytest.raises(BadInput, match=words) as refused:
+        CachedLatents(cache)
+    assert "\n" not in str(refused.value)
+    if name == "cache.json":
+        with pytest.raises(BadInput, match="cannot read|other parts"):
+            cache_pairs(pairs, cache, {}, encode, 0, 1)
+
+
+class NoModules(pickle.Pickler):
+    def reducer_override(self, thing):
+        assert not isinstance(thing, torch.nn.Module), type(thing)
+        return NotImplemented
+
+
+def test_what_a_loader_gets_is_small_and_can_be_sent(tmp_path, monkeypatch):
+    """To a process that begins from nothing, as all do from Python 3.14 on."""
+    from test_stable_diffusion import pipeline
+
+    model, folder = StableDiffusion(pipeline(), "tiny"), tmp_path / "folder"
+    folder.mkdir()
+    folder_of(folder, range(3), broken={1})
+    shards(tmp_path, [2, 2])
+    flags = {"resolution": None, "min_image_size": 0, "max_pwatermark": 1.0, "mixed_precision": "no"}
+    flags |= {"cache_latents": None, "allow_pipe": True, "dataloader_num_workers": 1}
+    flags = [flags | more for more in ({"data": str(folder)}, {"data": f"pipe:cat {tmp_path}/{{0..1}}.tar"})]
+    texts, piped = (model.dataset(argparse.Namespace(**each)) for each in flags)
+    # torch's own way to start processes: "spawn" is as forkserver, without a server that stays.
+    monkeypatch.setattr("torch.multiprocessing._default_context", None, raising=False)
+    with_cache = {**flags[0], "cache_latents": str(tmp_path / "cache")}
+    default = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        cached = model.dataset(argparse.Namespace(**with_cache))
+    finally:
+        torch.multiprocessing.set_start_method(default, force=True)
+    assert len(cached) == 2
+    x0, cond = model.prepare(*texts[[0, 2]])
+    for made, kept in zip((x0, cond["encoder_hidden_states"]), cached[[0, 1]], strict=True):
+        assert torch.allclose(made, kept, atol=1e-6)
+    for dataset, content in [
+        (texts, 0),
+        (piped.batches(4, 0), 0),
+        (cached, 0),
+        (Points("toy:moons"), 2**16 * 16),
+        (load_images(folder), 2 * 3 * 64),
+    ]:
+        NoModules(file := io.BytesIO()).dump(dataset)
+        assert len(file.getvalue()) < content + 100_000, type(dataset)
+
+
+def test_processes_wait_for_each_others_caches_for_hours(monkeypatch):
+    given_to = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: given_to.update(options))
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1, "ACCELERATE_USE_CPU": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="process group has not been initialized"):
+        training.process()
+    assert given_to["timeout"] > timedelta(hours=12)
 
 
 def test_an_interrupted_cache_goes_on_where_it_was(tmp_path):

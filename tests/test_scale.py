@@ -170,18 +170,19 @@ def test_broken_members_of_shards_are_passed_over_and_counted(teacher, shards, t
 
 
 def test_more_readers_than_shards_are_refused(teacher, shards, tmp_path, call, monkeypatch):
-    """Of two processes with two workers each."""
+    """Of three processes. More workers than shards are no mistake: as many are started as there is work for."""
 
-    class OneOfTwo(training.Accelerator):
-        num_processes = 2
+    class OneOfThree(training.Accelerator):
+        num_processes = 3
 
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
-            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("WORLD_SIZE", "3")
 
-    monkeypatch.setattr(training, "Accelerator", OneOfTwo)
+    assert call(distill.main, *flags(teacher, shards, tmp_path / "one", dataloader_num_workers=3))[0] == 0
+    monkeypatch.setattr(training, "Accelerator", OneOfThree)
     status, _, err = call(distill.main, *flags(teacher, shards, tmp_path / "out", dataloader_num_workers=2))
-    assert status == 2 and "2 shards" in one_line(err) and "4 readers" in err
+    assert status == 2 and "2 shards" in one_line(err) and "3 readers" in err
 
 
 def test_precisions_and_loras_start_from_one_loss(teacher, pairs, tmp_path, call):

@@ -83,6 +83,7 @@ def captions(tmp_path):
 def flags(folder: str, captions, out, **more) -> list:
     common = {"max_train_steps": 3, "train_batch_size": 4, "lr_warmup_steps": 0, "learning_rate": 1e-3, "seed": 3}
     common |= {"pretrained_teacher_model": folder, "data": captions, "output_dir": out, "mixed_precision": "no"}
+    common |= {"dataloader_num_workers": 0}
     return [f"--{flag}={value}" for flag, value in (common | more).items()]
 
 
@@ -212,8 +213,11 @@ def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
     # Losses hide much, and AdamW magnifies rounding. So: what the losses are made of.
     model = load(teacher)
     options = {"data": str(captions), "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
-    options |= {"mixed_precision": "no", "cache_latents": str(tmp_path / "cache")}
+    options |= {"mixed_precision": "no", "cache_latents": str(tmp_path / "cache"), "allow_pipe": False}
     made, kept = (model.dataset(argparse.Namespace(**options | cache)) for cache in ({"cache_latents": None}, {}))
+    pixels, tokens = made[[3, 1]]
+    assert pixels.dtype == torch.uint8  # they travel as bytes, and mean what they meant as floats
+    assert torch.equal(model.prepare(pixels, tokens)[0], model.prepare(pixels.float() / 127.5 - 1, tokens)[0])
     for batch in ([0, 5, 23], [7, 7]):
         (x0, cond), (kept_x0, kept_cond) = (model.prepare(*dataset[batch]) for dataset in (made, kept))
         assert torch.allclose(x0, kept_x0, atol=1e-5) and cond.keys() == kept_cond.keys()
@@ -348,6 +352,7 @@ def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, cal
     teacher = folder()
     for more, words in (
         ({"data": f"{tmp_path}/{{0..3}}.tar"}, "no such shard"),
+        ({"data": f"pipe:touch {tmp_path}/ran.tar"}, "--allow_pipe allows it"),
         ({"resolution": 15}, "--resolution 15"),
         ({"data": "0.tar", "num_eval_samples": 4}, "0.tar is no folder of images to measure against: --data"),
     ):

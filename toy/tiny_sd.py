@@ -175,7 +175,7 @@ def main() -> None:
     pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     teacher = StableDiffusion(pipeline, str(folder)).to(training.process().device)
     # VAE and text encoder are finished, so what they make of each pair is computed once, and kept.
-    pairs = {"data": shards, "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0}
+    pairs = {"data": shards, "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0, "allow_pipe": False}
     unet = stage("", **pairs, cache_latents=str(folder / "latents"))
     train(unet, teacher, teacher.dataset(unet))
     print(f"text-to-image teacher: {folder}")
