@@ -126,7 +126,10 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def read_prompts(values: list[str]) -> list[str]:
-    """Prompts from the command line: the values themselves, or the lines of a file if a single value names one."""
+    """Prompts from the command line: the values themselves, or the lines of a file if a single value names one. What
+    ends in .txt is meant as a file, and must be one."""
+    missing = [text for text in values if text.lower().endswith(".txt") and not os.path.isfile(text)]
+    refuse(missing, f"--prompts: no such file: {' '.join(missing)}")
     if len(values) != 1 or not os.path.isfile(values[0]):  # unlike Path.is_file, this takes prompts of any length
         return [str(value) for value in values]
     lines = [line.strip() for line in Path(values[0]).read_text(errors="replace").splitlines() if line.strip()]
@@ -185,6 +188,7 @@ class Points(Dataset):
 
     def __init__(self, data: str, split: str = "train"):
         # A seed for each split: test points are other points of the same density.
+        refuse(split not in ("train", "test"), f"{data} has the splits train and test, not {split}")
         mixture, seed = distribution(data), {"train": 1, "test": 2}[split]
         self.samples, component = mixture.sample(2**16, torch.Generator().manual_seed(seed))
         self.labels = torch.zeros_like(component) if mixture.classes is None else mixture.classes[component]

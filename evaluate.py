@@ -29,7 +29,7 @@ from tqdm import tqdm, trange
 
 import sample
 import training
-from data import BadInput, centre_square, program, read_prompts, reference_set, refuse, to_range, writable_folder
+from data import BadInput, centre_square, program, read_json, read_prompts, reference_set, refuse, to_range
 from sample import add_arguments, n_steps, overview, preview, read_png, sample_batches, sample_to_folder, to_pixels
 from teacher import DiffusionModel, load
 
@@ -98,14 +98,13 @@ class ImageFeatures:
     """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
     and how often it sees the class that the prompt names, if it is a classifier that has names.
 
-    The network is torch-fidelity's Inception, and the distance then FID; or it is a file of toy/features.py (.pt2),
+    The network is torch-fidelity's Inception, and the distance then FID; or it is a classifier of toy/features.py,
     which maps images to features (B, D) and logits, and the distance is called FD.
     """
 
     def __init__(self, network: str, reference: Sequence, device: torch.device):
-        self.name, self.device, names = f"features: {network}", device, {"classes": ""}
+        self.name, self.device, self.classes = f"features: {network}", device, []
         self.distance = "FID" if network == "inception" else "FD"  # only Inception's may be called as published ones
-        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # its errors are reported below, in one line
         try:
             if network == "inception":
                 from torch_fidelity.utils import create_feature_extractor
@@ -114,10 +113,13 @@ class ImageFeatures:
                 options = {"cuda": device.type == "cuda", "verbose": False}
                 self.network = create_feature_extractor("inception-v3-compat", ["2048"], **options)
             else:
-                self.network = torch.export.load(network, extra_files=names).module().to(device)
+                from toy.features import load_classifier
+
+                self.network, self.classes = load_classifier(network)
+                self.network.to(device)
         except Exception as error:  # a missing file, no network, or a file of another kind, each with its own type
-            raise BadInput(f"cannot load the feature extractor {network}: {error}".splitlines()[0]) from error
-        self.classes: list[str] = json.loads(names["classes"] or "[]")
+            reason = " ".join(str(error).split())[:200]  # torch writes a line for each weight that does not fit
+            raise BadInput(f"cannot load the feature extractor {network}: {reason}") from error
         # The Fréchet distance looks at mean and covariance only. Those of the reference set are computed once.
         from torch_fidelity.metric_fid import fid_features_to_statistics
 
@@ -319,15 +321,17 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     noises.
 
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
-    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one.
+    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one. A
+    student that was distilled at another resolution shares no noise with its teacher, and has none.
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
     # A data set's files are sorted by class, so that its first samples would all be of one.
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
-    for _, model, n, _ in plan:  # all are checked before the first takes its time
+    for name, model, n, _ in plan:  # all are checked before the first takes its time
         sample.check_steps(model, n)
+        refuse(model.kind != teacher.kind, f"{name} makes {model.kind}, and its teacher {teacher.kind}")
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
     shown = reference[order[: preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
@@ -341,7 +345,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
         # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
-        elif endpoint is not None and (model is teacher or n == 1):
+        elif endpoint is not None and (model is teacher or n == 1) and x.shape == endpoint.shape:
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
         samples[f"{name}, {n_steps(n)}"] = x
     count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
@@ -390,28 +394,34 @@ def table(args: argparse.Namespace) -> None:
     What is not given on the command line is read from the metrics.json that distill.py left there: the teacher, the
     data, and the guidance scale that the student has in its weights.
     """
-    refuse(args.protocol and not args.prompts, "a --protocol needs its captions: --prompts FILE, one a line")
+    prompts = read_prompts(args.prompts)  # what is no file comes back as it is
+    refuse(args.protocol and prompts == args.prompts, "a --protocol needs its captions: --prompts FILE, one a line")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
-    trained_with = json.loads(record.read_text())["configuration"] if record.is_file() else {}
-    for name in ("pretrained_teacher_model", "data", "guidance_w"):
+    trained_with = read_json(record).get("configuration") if record.is_file() else {}
+    refuse(not isinstance(trained_with, dict), f"{record} has no configuration of a student")
+    kinds = {"pretrained_teacher_model": str, "data": str, "guidance_w": (int, float)}
+    for name, kind in kinds.items():
         if getattr(args, name) is None:
-            refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
+            unknown = not isinstance(trained_with.get(name), kind)  # missing, or edited
+            refuse(unknown, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
     # Of several students each is named by its folder, or the rows could not be told apart.
     device, alone = training.process().device, len(args.students) == 1
     students = {"student" if alone else name: load(name).to(device) for name in args.students}
     teacher = load(args.pretrained_teacher_model).to(device)
+    k, times = trained_with.get("k", 100), len(teacher.schedule)
+    refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")
+    out = sample.output_file(folder / "evaluation.png", ".png")  # which makes the folder of a student with a hub id
     same = "data num_samples split features clip_model resolution seed batch_size mixed_precision".split()
     options = {name: getattr(args, name) for name in same}
-    evaluation = Evaluation(teacher, prompts=read_prompts(args.prompts), **options)
+    evaluation = Evaluation(teacher, prompts=prompts, **options)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
-    writable_folder(folder)  # a student with a hub id has no folder yet
-    overview(teacher, comparison.samples, trained_with.get("k", 100)).save(folder / "evaluation.png")
+    overview(teacher, comparison.samples, k).save(out)
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2))
+    out.with_suffix(".json").write_text(json.dumps(result, indent=2))
     print(f"{folder}/evaluation.png  {folder}/evaluation.json")
 
 
@@ -444,8 +454,7 @@ def error(args: argparse.Namespace) -> None:
     noise."""
     from toy import plots
 
-    out, device, size = Path(args.out), training.process().device, args.batch_size or 100
-    writable_folder(out.parent)
+    out, device, size = sample.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
     models = [load(name).to(device) for name in args.models]
     args.data = args.data or models[0].default_data
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
@@ -486,9 +495,9 @@ def parser() -> training.Parser:
     t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
     flag = t.add_argument
     flag("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
-    flag("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
+    flag("--steps", type=training.positive, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
     # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
-    flag("--teacher_steps", type=int, nargs="*", help="of DDIM (default: 1, 2, 4 and 50, or 1000 for points); or none")
+    flag("--teacher_steps", type=training.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
     flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
     flag("--guidance_w", type=training.finite, help="of the teacher (default: as it was distilled with)")
     flag("--data", help="the reference set (default: what the first student was distilled with)")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import training
-from data import program, read_prompts, refuse, to_range, to_tensor, writable_folder
+from data import EXTENSIONS, program, read_prompts, refuse, to_range, to_tensor, writable_folder
 from splam import ConsistencyFunction, few_step_sample, few_step_times, multiple_estimation, sub_path_point
 from teacher import DiffusionModel, load
 
@@ -144,12 +144,12 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it, up to the rounding of a batched product
-    text = json.dumps(made, indent=2)
-    other = record.is_file() and record.read_text() != text
+    text = json.dumps(made, indent=2).encode()  # compared as bytes: an edited record may be no text at all
+    other = record.is_file() and record.read_bytes() != text
     refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
     state.wait_for_everyone()  # nobody writes before all have looked
     if state.is_main_process:
-        record.write_text(text)
+        record.write_bytes(text)
     # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
     missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
     batches = sample_batches(model, missing, steps, sampler, **options)
@@ -246,6 +246,14 @@ def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def output_file(path: str | Path, suffix: str) -> Path:
+    """Where a result is to be written: refused now rather than after the work that it is the result of."""
+    file = Path(path)
+    refuse(file.suffix != suffix or file.is_dir(), f"{file} must be the name of a file that ends in {suffix}")
+    writable_folder(file.parent)
+    return file
+
+
 def add_arguments(parser: training.Parser) -> None:
     """Flags of every program that samples."""
     parser.add_argument("--seed", type=training.seed, default=0, help="of the first sample; the i-th has it plus i")
@@ -258,8 +266,8 @@ def parser() -> training.Parser:
     """The flags of sample.py."""
     p = training.Parser(prog="sample.py", description="Sample students and teachers.", formatter_class=training.Help)
     p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
-    p.add_argument("--steps", type=int, nargs="+", help="of students: network evaluations (default 4; paper: 1 to 4)")
-    p.add_argument("--teacher_steps", type=int, nargs="+", help="of teachers (default 50)")
+    p.add_argument("--steps", type=training.positive, nargs="+", help="evaluations of students (default 4; paper: 1-4)")
+    p.add_argument("--teacher_steps", type=training.positive, nargs="+", help="of teachers (default 50)")
     p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
     p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
     p.add_argument("--num_images", type=training.positive, help="default: 64, or one row in a picture of several rows")
@@ -272,9 +280,10 @@ def parser() -> training.Parser:
 def main() -> None:
     """Plans and checks all rows, then samples: (model, sampler, steps), each a row of the picture or a folder."""
     args = parser().parse_args()
-    out, options = Path(args.out), {"prompts": read_prompts(args.prompts)}
+    options = {"prompts": read_prompts(args.prompts)}
     options |= {"batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
-    writable_folder(out.parent if out.suffix == ".png" else out)
+    # Whoever writes samples.jpg wants a picture, and would be surprised by a folder of that name.
+    out = output_file(args.out, ".png") if Path(args.out).suffix.lower() in EXTENSIONS else writable_folder(args.out)
     plan = []
     for name in args.models:  # all are loaded, and so all names checked, before hours of sampling begin
         model = load(name).to(training.process().device)

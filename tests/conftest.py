@@ -16,8 +16,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import constants
 from hypothesis import settings
 from PIL import Image
+from safetensors.torch import save_file
 
 import teacher
+from toy import features
 from toy.mlp import PointMLP
 
 constants.HF_HUB_OFFLINE = True  # no test needs a network, and none may wait for one
@@ -134,21 +136,31 @@ def save(folder: Path, network, prediction_type="epsilon", beta_schedule="scaled
     return folder
 
 
-class Means(torch.nn.Module):
-    """A feature extractor whose Fréchet distance is known, and a classifier: the mean of each channel is both."""
-
-    def forward(self, pixels):
-        means = pixels.float().mean((2, 3))
-        return means, means
+def classifier(classes: int) -> features.Classifier:
+    """A feature extractor that can be computed in the head: its first features are the brightest value of each channel
+    in blocks of 8x8 pixels, the mean of all blocks, and so are its logits; its other features are 0."""
+    network = features.Classifier(classes).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # each passes its first three channels on
+            torch.nn.init.dirac_(module.weight)
+            module.weight.data[3:] = 0
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(1 - module.eps)
+    for module in network.body:
+        if isinstance(module, features.Residual):  # x + f(x), so f must be 0
+            torch.nn.init.zeros_(module[0][0].weight)
+    network.body[0][1].bias.data += 1  # pixels from 0 on, in the place of -1, which ReLU would make 0
+    network.head.weight.data = 127.5 * torch.eye(classes, 256)
+    torch.nn.init.zeros_(network.head.bias)
+    return network
 
 
 @pytest.fixture
 def means(tmp_path) -> Path:
-    example = (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),)
-    dynamic = {"pixels": {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}}
-    exported = torch.export.export(Means(), example, dynamic_shapes=dynamic)
-    torch.export.save(exported, tmp_path / "means.pt2", extra_files={"classes": json.dumps(["red", "green", "blue"])})
-    return tmp_path / "means.pt2"
+    """The file of `classifier`, whose classes are the colours."""
+    file = tmp_path / "means.safetensors"
+    save_file(classifier(3).state_dict(), file, metadata={"classes": json.dumps(["red", "green", "blue"])})
+    return file
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_8_gaussians_are_distilled_to_a_stated_distance(conditioning, map_error,
 
 def test_the_image_road(images, tmp_path, call):
     """Train a teacher, distil it, sample, train a feature extractor and evaluate: each command as the README has it."""
-    t, s, network = tmp_path / "teacher", tmp_path / "student", tmp_path / "features.pt2"
+    t, s, network = tmp_path / "teacher", tmp_path / "student", tmp_path / "features.safetensors"
     tiny = ["--train_batch_size", 16, "--lr_warmup_steps", 1, "--data", images]
     status, _, err = call(teacher.main, *tiny, "--output_dir", t, "--max_train_steps", 50)
     assert status == 0, err

@@ -79,8 +79,11 @@ def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
 
 
 def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
+    (tmp_path / "folder.png").mkdir()
     for flags, words in (
-        (["--teacher_steps", 0], "1 to 1000 steps, not 0"),
+        (["--teacher_steps", 0], "--teacher_steps must be positive"),
+        (["--teacher_steps", 2000], "1 to 1000 steps, not 2000"),
+        (["--steps", "many"], "--steps must be positive"),
         (["--steps", 4], "--teacher_steps"),
         (["--steps", 60, "--scheduler", "lcm"], "1 to 50 steps, not 60"),
         (["--prompts", 1], "no classes"),
@@ -88,6 +91,10 @@ def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
         (["--guidance_w", 1, "--scheduler", "lcm"], "in its weights"),
         (["--num_images", 0], "positive"),
         (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),
+        (["--out", tmp_path / "folder.png"], "folder.png must be the name of a file"),
+        (["--out", tmp_path / "x.jpg"], "ends in .png"),
+        (["--prompts", tmp_path / "captions.txt"], "no such file"),
+        (["--prompts", "0", "captions.txt"], "no such file"),
     ):
         status, _, err = call(sample.main, model.name, *flags)
         assert status == 2 and words in one_line(err), err

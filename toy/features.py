@@ -1,4 +1,4 @@
-"""python -m toy.features --data data/cifar10 --out runs/cifar-features.pt2
+"""python -m toy.features --data data/cifar10 --out runs/cifar-features.safetensors
 
 Trains a classifier whose features stand in for Inception's, where those cannot be downloaded. Distances by them compare
 with each other only, never with a published FID.
@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 import training
-from data import Images, load_images, program, writable_folder
+from data import Images, load_images, program, refuse
+from sample import output_file
 
 
 def _convolution(inside: int, outside: int, pool: bool = False) -> nn.Sequential:
@@ -34,7 +37,7 @@ class Residual(nn.Sequential):
 class Classifier(nn.Module):
     """A small residual network: pixels 0..255 (B, 3, H, W) -> (features (B, 256), logits (B, classes)).
 
-    The range of a file's pixels is part of the network, so that who uses the exported file cannot get it wrong.
+    The range of a file's pixels is part of the network, so that who uses it cannot get it wrong.
     """
 
     def __init__(self, classes: int):
@@ -91,30 +94,45 @@ def accuracy(classifier: nn.Module, images: Images, device: torch.device) -> flo
     return (torch.cat(logits).argmax(1) == images.labels).double().mean().item()
 
 
+def load_classifier(file: str) -> tuple[Classifier, list[str]]:
+    """The network of a file that `main` wrote, in eval mode on the CPU, and the names of its classes.
+
+    The file holds numbers and text only, so reading it cannot run code. What is not such a file raises: BadInput with
+    the reason where there is one to give, else whatever the reader raises.
+    """
+    refuse(not Path(file).is_file(), "no such file")  # a named pipe would be waited for without end
+    with safe_open(file, "pt") as content:
+        names = json.loads((content.metadata() or {}).get("classes", "null"))
+        weights = {key: content.get_tensor(key) for key in content.keys()}
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    refuse(not named, "it does not say the names of its classes")
+    network = Classifier(len(names)).eval()
+    network.load_state_dict(weights)
+    # All weights lie on the way to the logits. What is not finite would be a distance that looks like any other.
+    refuse(not network(torch.zeros(1, 3, 8, 8))[1].isfinite().all(), "its weights give no finite logits")
+    return network, names
+
+
 @program
 def main() -> None:
-    """Trains the classifier, measures its accuracy on the test split, and exports it as a file of torch.export."""
+    """Trains the classifier, measures its accuracy on the test split, and writes its weights."""
     description = __doc__.splitlines()[2]
     p = training.Parser(prog="python -m toy.features", description=description, formatter_class=training.Help)
     p.add_argument("--data", required=True, help="folder of images with the splits train and test")
-    p.add_argument("--out", required=True, help="the exported network, .pt2")
+    p.add_argument("--out", required=True, help="the file of weights, .safetensors")
     p.add_argument("--resolution", type=training.positive, help="images are resized to it (default: their own)")
     training.add_arguments(p)
     recipe = "--max_train_steps 3200 --train_batch_size 128 --learning_rate 4e-3 --lr_scheduler cosine"
     recipe += " --max_grad_norm 10 --adam_weight_decay 0.02 --lr_warmup_steps 300 --mixed_precision bf16"
     args = training.parse(p, f"{recipe} --output_dir runs/features")
-    out = Path(args.out)
-    writable_folder(out.parent)
+    out = output_file(args.out, ".safetensors")
     set_seed(args.seed)  # of the initial weights
     images = load_images(args.data, "train", args.resolution, mirror=True)
     test = load_images(args.data, "test", resolution=images.samples.shape[-1])
     classifier = fit(args, Classifier(len(images.classes)), images, shifted_loss)
     right = 100 * accuracy(classifier, test, training.process().device)
-    # An export holds the graph of operations with the weights. So evaluate.py needs no class of this file to run it.
-    batch = {"pixels": {0: torch.export.Dim("batch")}}  # of any size, not only that of the example
-    exported = torch.export.export(classifier.cpu(), (images.samples[:2],), dynamic_shapes=batch)
-    draft = out.with_name(f"{out.name}.tmp.pt2")  # with another suffix torch.export.save complains
-    torch.export.save(exported, draft, extra_files={"classes": json.dumps(images.classes)})
+    draft = out.with_name(f"{out.name}.tmp")  # renamed when it is complete
+    save_file(classifier.state_dict(), draft, metadata={"classes": json.dumps(images.classes)})
     draft.replace(out)
     print(f"test accuracy {right:.2f} % on {len(test.labels)} images; {out}")
 
