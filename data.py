@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -358,7 +357,7 @@ class Unwanted(Exception):
 
 
 def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
-    """Pixels, uint8, and caption of a sample as webdataset has it: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
+    """uint8 pixels and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
     # img2dataset writes a json beside each image, with the caption and what is known of the original. A txt goes first.
     facts = json.loads(sample.get("json", "{}"))
     caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")
@@ -485,28 +484,14 @@ class CaptionFolder(Pairs, Dataset):
         return self.batched(self.usable(self.samples[part]))
 
 
-# {000..999}, {9..0..3} and {a..f}, as braceexpand knows them, without the braces.
-RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?\n?")
-
-
 def expansions(pattern: str) -> int:
-    """At most how many names the braces of a pattern stand for.
-
-    Counted without making any: {0..999999999999} would fill the memory, and so would {0..999}{0..999}{0..999}.
-    """
-
-    def names(text: str) -> int:  # of a text in which <n> has taken the place of braces with n names
-        return math.prod(int(n) for n in re.findall("<(.*?)>", text))
-
-    pattern = re.sub(r"\\.|[<>]", "", pattern, flags=re.DOTALL)  # what is escaped is no brace
-    while braces := re.search("{([^{}]*)}", pattern):  # the innermost first
-        if ends := RANGE.fullmatch(braces[1]):
-            first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
-            n = abs(last - first) // (int(ends[3] or 1) or 1) + 1
-        else:
-            n = sum(map(names, braces[1].split(",")))
-        pattern = f"{pattern[: braces.start()]}<{n}>{pattern[braces.end() :]}"
-    return names(pattern)
+    """How many names the braces of a pattern stand for, counted without making any: {0..999999999999} would fill the
+    memory, and so would {0..999}{0..999}{0..999}."""
+    total = 1
+    for inside in re.findall("{([^{}]*)}", pattern):
+        ends = re.match(r"(-?\d+)\.\.(-?\d+)", inside)
+        total *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
+    return total
 
 
 class Shards(Pairs):
