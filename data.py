@@ -357,7 +357,7 @@ class Unwanted(Exception):
 
 
 def read_pair(sample: dict, options: PairOptions) -> tuple[Tensor, str]:
-    """uint8 pixels and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
+    """uint8 image and caption of a sample in webdataset's form: {"jpg": bytes or path, "txt": bytes, "json": bytes}."""
     # img2dataset writes a json beside each image, with the caption and what is known of the original. A txt goes first.
     facts = json.loads(sample.get("json", "{}"))
     caption = sample["txt"].decode(errors="replace") if "txt" in sample else facts.get("text") or facts.get("caption")

@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import statistics
 import sys
 import time
@@ -57,7 +58,7 @@ RECIPES = {
     # Stable Diffusion: the paper's learning rate and number of steps, with a batch that fits one GPU. A GPU is faster
     # than one process that decodes images.
     "text-to-image": "--max_train_steps 6000 --train_batch_size 16 --learning_rate 8e-6"
-    " --mixed_precision bf16 --validation_steps 500 --dataloader_num_workers 4",
+    f" --mixed_precision bf16 --validation_steps 500 --dataloader_num_workers {min(4, os.cpu_count() or 1)}",
 }
 # Section 5.1 of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs (with fewer, raise
 # --gradient_accumulation_steps); no warm-up is mentioned.

@@ -412,13 +412,13 @@ def table(args: argparse.Namespace) -> None:
     teacher = load(args.pretrained_teacher_model).to(device)
     k, times = trained_with.get("k", 100), len(teacher.schedule)
     refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")
-    out = sample.output_file(folder / "evaluation.png", ".png")  # which makes the folder of a student with a hub id
     same = "data num_samples split features clip_model resolution seed batch_size mixed_precision".split()
     options = {name: getattr(args, name) for name in same}
     evaluation = Evaluation(teacher, prompts=prompts, **options)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
+    out = sample.output_file(folder / "evaluation.png", ".png")  # a student with a hub id has no folder yet
     overview(teacher, comparison.samples, k).save(out)
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))

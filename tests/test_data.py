@@ -1,6 +1,7 @@
 """Where x_0 comes from: each item once an epoch, whatever the number of readers; bad ones skipped; encoded once."""
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as F
 from webdataset.shardlists import expand_urls
@@ -43,6 +45,7 @@ from data import (
     load_images,
     load_pairs,
     read_prompts,
+    refuse,
     to_range,
 )
 from teacher import StableDiffusion
@@ -419,12 +422,14 @@ def test_no_more_workers_than_shards_are_started(tmp_path, world, workers, used)
         assert sorted(sum(itertools.chain(*epoch), [])) == list(range(6))
 
 
-def test_what_ends_a_worker_is_one_line(tmp_path):
-    pairs = load_pairs(folder_of(tmp_path, range(2)), SMALL, tokenize)
-    folder_of(tmp_path, range(2), broken={0, 1})
-    with pytest.raises(BadInput, match="^no usable image-caption pairs in .*: 2 members, 2 broken.*$") as ended:
-        next(training.stream_batches(pairs, 1, batch_size=2, seed=0))
-    assert "\n" not in str(ended.value)
+def test_what_ends_a_worker_is_one_line():
+    """ExceptionWrapper is what a loader's process sends (and one that has sent it takes seconds to end)."""
+    try:
+        refuse(True, "no usable pairs")
+    except BadInput:
+        sent = pickle.loads(pickle.dumps(ExceptionWrapper(where="in DataLoader worker process 0")))
+    with pytest.raises(BadInput, match="^no usable pairs$"):
+        sent.reraise()
 
 
 def spoilt(tmp_path) -> str:
@@ -483,8 +488,9 @@ def test_shards_that_cannot_be_used(tmp_path):
             load_pairs(f"{tmp_path}/{data}", SMALL, tokenize)
     with pytest.raises(BadInput, match="^no such shard: b.tar$"):
         load_pairs(f"{tmp_path}/0.tar::b.tar", SMALL, tokenize)
-    with pytest.raises(BadInput, match="^{0..1.tar: "):
-        load_pairs("{0..1.tar", SMALL, tokenize)
+    for braces in ("{0..1.tar", "{" * 3000 + "0.tar" + "}" * 3000):
+        with pytest.raises(BadInput, match=f"^{braces}: "):
+            load_pairs(braces, SMALL, tokenize)
     bad = shard(tmp_path / "bad.tar", {"0.jpg": "no image", "0.txt": "0", "1.jpg": encoded()})
     with pytest.raises(BadInput, match=r"bad\.tar: 2 members, 1 broken, 1 without caption, 0 filtered$"):
         load_pairs(bad, SMALL, tokenize)
@@ -492,10 +498,10 @@ def test_shards_that_cannot_be_used(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["", "file:", "file://"])
 def test_a_pipe_is_no_shard(tmp_path, scheme):
-    fifo(tmp_path / "0.tar")
-    with pytest.raises(BadInput, match="^no such shard: "):
-        load_pairs(f"{scheme}{tmp_path}/0.tar", SMALL, tokenize)
     shards(tmp_path, [0, 2])
+    fifo(tmp_path / "2.tar")
+    with pytest.raises(BadInput, match="^no such shard: "):
+        load_pairs(f"{scheme}{tmp_path}/2.tar", SMALL, tokenize)
     assert all_tokens(load_pairs(f"{scheme}{tmp_path}/1.tar", SMALL, tokenize)) == [0, 1]
 
 
@@ -522,15 +528,12 @@ def test_a_shell_runs_only_if_it_is_allowed(tmp_path, pattern, monkeypatch):
         "{0,1}" * 40 + ".tar",
         "{0..900000}.tar::{0..900000}.tar",
         "{" + "9" * 5000 + "..0}.tar",
-        "{" * 3000 + "}" * 3000 + ".tar",
     ],
 )
 def test_endless_braces_are_refused_before_they_are_expanded(pattern, monkeypatch):
-    expand = lambda urls: expand_urls(urls) if urls[0:9] == "{" * 9 else pytest.fail("expanded")  # noqa: E731
-    monkeypatch.setattr("webdataset.shardlists.expand_urls", expand)
-    with pytest.raises(BadInput, match="more than a million shards|Exceeds the limit|recursion") as refused:
+    monkeypatch.setattr("webdataset.shardlists.expand_urls", lambda urls: pytest.fail("expanded"))
+    with pytest.raises(BadInput, match="more than a million shards$|limit .4300 digits"):
         load_pairs(pattern, SMALL, tokenize)
-    assert "\n" not in str(refused.value).replace("9\n}", "")
 
 
 @pytest.mark.parametrize("pattern", ["{000..999}.tar", "{9..0}x{,y}", "{0..9}/{20..29}{a,b}", "{-3..3}", "abc"])
@@ -653,7 +656,7 @@ def says(content):
         ("cache.json", says("{}"), "cache.json was edited"),
         ("cache.json", says('{"parts": "00000-0"}'), "cache.json was edited"),
         ("cache.json", says('{"parts": ["../cache/00000-0"]}'), "cache.json was edited"),
-        ("cache.json", says('{"parts": ["%s/00000-0"]}'), "cache.json was edited"),
+        ("cache.json", lambda file: says(f'{{"parts": ["{file.parent}/00000-0"]}}')(file), "cache.json was edited"),
         ("cache.json", says('{"parts": ["00000-0", null, ["00001-1"]]}'), "cache.json was edited"),
         ("cache.json", says('{"parts": [3]}'), "lacks 1 of 1 parts"),
         ("cache.json", says('{"parts": []}'), "holds no pairs"),
@@ -669,8 +672,6 @@ def test_a_damaged_cache_is_named(tmp_path, name, damage, words):
     pairs, cache = load_pairs(shards(tmp_path, [2, 2]), SMALL, tokenize), tmp_path / "cache"
     cache_pairs(pairs, cache, {}, encode, 0, 1)
     damage(cache / name)
-    if "%s" in (cache / "cache.json").read_text():
-        (cache / "cache.json").write_text((cache / "cache.json").read_text() % cache)
     with pytest.raises(BadInput, match=words) as refused:
         CachedLatents(cache)
     assert "\n" not in str(refused.value)
@@ -697,15 +698,9 @@ def test_what_a_loader_gets_is_small_and_can_be_sent(tmp_path, monkeypatch):
     flags |= {"cache_latents": None, "allow_pipe": True, "dataloader_num_workers": 1}
     flags = [flags | more for more in ({"data": str(folder)}, {"data": f"pipe:cat {tmp_path}/{{0..1}}.tar"})]
     texts, piped = (model.dataset(argparse.Namespace(**each)) for each in flags)
-    # torch's own way to start processes: "spawn" is as forkserver, without a server that stays.
-    monkeypatch.setattr("torch.multiprocessing._default_context", None, raising=False)
-    with_cache = {**flags[0], "cache_latents": str(tmp_path / "cache")}
-    default = torch.multiprocessing.get_start_method()
-    torch.multiprocessing.set_start_method("spawn", force=True)
-    try:
-        cached = model.dataset(argparse.Namespace(**with_cache))
-    finally:
-        torch.multiprocessing.set_start_method(default, force=True)
+    # "spawn" sends what "forkserver" sends, and leaves no server behind.
+    monkeypatch.setattr("data.DataLoader", functools.partial(DataLoader, multiprocessing_context="spawn"))
+    cached = model.dataset(argparse.Namespace(**flags[0] | {"cache_latents": str(tmp_path / "cache")}))
     assert len(cached) == 2
     x0, cond = model.prepare(*texts[[0, 2]])
     for made, kept in zip((x0, cond["encoder_hidden_states"]), cached[[0, 1]], strict=True):
@@ -724,9 +719,10 @@ def test_what_a_loader_gets_is_small_and_can_be_sent(tmp_path, monkeypatch):
 def test_processes_wait_for_each_others_caches_for_hours(monkeypatch):
     given_to = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: given_to.update(options))
-    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1, "ACCELERATE_USE_CPU": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match="process group has not been initialized"):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**launched, "ACCELERATE_USE_CPU": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="process group has not been initialized"):  # the rest of accelerate's work
         training.process()
     assert given_to["timeout"] > timedelta(hours=12)
 

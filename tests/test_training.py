@@ -1,6 +1,7 @@
 """Long runs: resumed after a kill, on several processes, in several micro-batches - always the same run."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ from toy.mlp import PointMLP
 
 
 @pytest.fixture
-def flags(tmp_path):
-    """A 2-D distillation of 6 steps from a small random teacher."""
+def flags(tmp_path, monkeypatch):
+    """A 2-D distillation of 6 steps from a small random teacher. Few points in its picture, which takes longest."""
+    monkeypatch.setattr(distill, "preview", lambda model: (32, 8))
+    monkeypatch.setattr(teacher.PointModel, "many_steps", 20)
     torch.manual_seed(0)
     folder = save(tmp_path / "teacher", PointMLP(width=16, depth=1), clip_sample=False)
     return f"""--pretrained_teacher_model {folder} --max_train_steps 6 --train_batch_size 8 --lr_warmup_steps 2
@@ -275,23 +278,36 @@ def test_after_a_resume_the_log_has_each_step_once(flags, tmp_path, call, kept):
     assert status == 0 and (out / "metrics.jsonl").read_bytes() == log, err
 
 
+def last_line(err: str) -> str:
+    """The one line that stands below the progress bar of a run that had begun."""
+    return one_line("\n".join(line for line in err.split("\n") if "step/s" not in line and "s/step" not in line))
+
+
 @pytest.mark.parametrize(
-    "rate, warm_up, words",
+    "warm_up, words",
     [
-        (1e30, 1, "step 2: the loss is nan, and nothing of this step was saved; --resume_from_checkpoint latest"),
-        (1e30, 2, "step 3: the loss is nan"),
-        (1e300, 0, "step 1: weights are no longer finite, and nothing of this step was saved; there is no checkpoint"),
+        (0, "step 2: the loss is nan, and nothing of this step was saved; --resume_from_checkpoint latest goes on"),
+        (1, "step 3: the loss is nan, and nothing of this step was saved; --resume_from_checkpoint latest goes on"),
+        (None, "step 1: weights are no longer finite, and nothing of this step was saved; there is no checkpoint yet"),
     ],
 )
-def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path, call, rate, warm_up, words):
+def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path, call, monkeypatch, warm_up, words):
+    """By a learning rate that is far too large, which is 0 in the first step of a warm-up; or by a gradient that is
+    not finite: the loss, which comes before it, is."""
     out = tmp_path / "out"
-    more = ["--learning_rate", rate, "--checkpointing_steps", 1, "--lr_warmup_steps", warm_up, "--output_dir", out]
+    if warm_up is None:
+
+        def overflow(accelerator, parameters, norm):
+            for parameter in parameters:
+                parameter.grad.fill_(math.inf)
+
+        monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", overflow)
+    more = ["--learning_rate", 1e30, "--checkpointing_steps", 1, "--lr_warmup_steps", warm_up or 0, "--output_dir", out]
     status, _, err = call(distill.main, *flags, *more)
-    assert status == 2 and words in one_line(err), err
+    assert status == 2 and words in last_line(err), err
     named = re.search(r"goes on from (\S+),", err)
     assert [str(path) for path in training.checkpoints(out)][-1:] == ([named[1]] if named else [])
-    assert len(losses(out)) == (0 if rate == 1e300 else int(words[5]) - 1) or rate == 1e300
-    assert not (out / "model_index.json").exists()
+    assert all(math.isfinite(loss) for loss in losses(out)) and not (out / "model_index.json").exists()
 
 
 def start(script: str, *arguments) -> subprocess.Popen:
@@ -342,8 +358,8 @@ def test_an_interruption_is_one_line_and_leaves_whole_checkpoints(flags, tmp_pat
         pass
     run.send_signal(sent)
     out, err = run.communicate()
-    assert run.returncode == 130 and "interrupted" in err.splitlines()[-1], err
-    assert "--resume_from_checkpoint latest" in err.splitlines()[-1] and "Traceback" not in err
+    assert run.returncode == 130 and "interrupted, and nothing more was saved" in last_line(err), err
+    assert "--resume_from_checkpoint latest" in last_line(err)
     last = training.checkpoints(tmp_path)[-1]
     assert int(last.name.removeprefix("checkpoint-")) >= 6
 
@@ -355,7 +371,7 @@ def test_an_interruption_is_one_line_and_leaves_whole_checkpoints(flags, tmp_pat
     for path in training.checkpoints(tmp_path):
         last = path
         status, _, err = call(distill.main, *flags, *more, "--resume_from_checkpoint", path)
-        assert status == 130 and "interrupted" in one_line(err), err
+        assert status == 130 and "interrupted" in last_line(err), err
 
 
 @pytest.mark.parametrize(
@@ -384,7 +400,7 @@ def test_what_cannot_be_written_is_one_line_and_spoils_nothing(
         patch.setattr(owner, writer, failing)
         status, _, err = call(distill.main, *flags, "--output_dir", out)
     where = out if writer == "write" else out / place
-    assert status == 1 and f"cannot write {where}: " in one_line(err) and reason in err, err
+    assert status == 1 and f"cannot write {where}: " in last_line(err) and reason in last_line(err), err
     assert "--resume_from_checkpoint latest" in err and not (out / "model_index.json").exists()
     assert [p.name for p in training.checkpoints(out)][-1] == ("checkpoint-6" if where == out else "checkpoint-2")
     assert call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")[0] == 0
@@ -396,7 +412,7 @@ def test_what_cannot_be_written_is_one_line_and_spoils_nothing(
 DYING = """
 import os, shutil, sys
 from pathlib import Path
-import distill, teacher, training
+import diffusers.optimization, distill, teacher
 from safetensors.torch import load_file
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
@@ -404,7 +420,9 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 def dies(n, folder, action):
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 99)
+        return status == 99
     def hook(event, arguments):
         nonlocal n
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
@@ -417,9 +435,11 @@ def dies(n, folder, action):
     action()
     os._exit(0)
 """
-# From 3 on: before that there is not even a folder.
+# From 3 on: before that there is not even a folder. Without the picture, which takes longer than all the rest.
 KILLED_RUNS = """
-teacher.PointModel.many_steps, n = 2, 3
+distill.finish, n = lambda args, model, student, prompts: teacher.save(student, out), 3
+model = teacher.load(sys.argv[3])
+model.student(model.network.state_dict(), 50)  # for the imports that are made on first use
 def run(*more):
     sys.argv = ["distill.py", *sys.argv[2:], "--output_dir", str(out), *more]
     distill.main()
