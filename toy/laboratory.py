@@ -39,7 +39,8 @@ STEPS = [1, 2, 4]
 WORK = Path("runs/laboratory")  # teachers that are fitted here, and what an interrupted script has already measured
 ROOT = Path(__file__).parents[1]
 # All that a student's numbers depend on, beside its flags and the functions that its script brings along.
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "toy" / name for name in ("laboratory.py", "mlp.py", "distributions.py"))]
+TOY = ("laboratory.py", "mlp.py", "distributions.py", "features.py")
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "toy" / name for name in TOY)]
 
 
 class Variant(NamedTuple):
