@@ -202,8 +202,7 @@ def keep_others_out(folder: Path) -> FileLock:
     """
     lock = FileLock(folder / ".lock")
     try:
-        if process().is_main_process:
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise BadInput(f"another run is writing to {folder}: give this one another --output_dir") from None
     return lock
@@ -274,7 +273,8 @@ class Run:
         self.accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
         alone = self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
         refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
-        keep_others_out(self.folder.resolve())
+        if self.accelerator.is_main_process:
+            keep_others_out(self.folder.resolve())
         if isinstance(dataset, Shards):
             dataset.check_readers(self.accelerator.num_processes)
         # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have

@@ -315,7 +315,9 @@ def start(script: str, *arguments) -> subprocess.Popen:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, text=True, env=environment, cwd=ROOT, **pipes)
+    # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, text=True, env=environment, cwd=ROOT, preexec_fn=listening, **pipes)
 
 
 TELLS = """import distill, training
