@@ -439,7 +439,7 @@ def dies(n, folder, action):
 """
 # From 3 on: before that there is not even a folder. Without the picture, which takes longer than all the rest.
 KILLED_RUNS = """
-distill.finish, n = lambda args, model, student, prompts: teacher.save(student, out), 3
+distill.finish, n = lambda args, model, student, *rest: teacher.save(student, out), 3
 model = teacher.load(sys.argv[3])
 model.student(model.network.state_dict(), 50)  # for the imports that are made on first use
 def run(*more):
