@@ -55,8 +55,8 @@ RECIPES = {
     # knows it. There is no closing table, since images are measured by a feature extractor: evaluate.py makes it.
     "images": "--max_train_steps 1200 --train_batch_size 64 --learning_rate 3e-4 --lr_scheduler cosine"
     " --mixed_precision bf16 --validation_steps 500",
-    # Stable Diffusion: the paper's learning rate and number of steps, with a batch that fits one GPU. A GPU is faster
-    # than one process that decodes images.
+    # Stable Diffusion: the paper's learning rate and number of steps, with a batch that fits one GPU. Four
+    # processes decode images, since a GPU would wait for a single one.
     "text-to-image": "--max_train_steps 6000 --train_batch_size 16 --learning_rate 8e-6"
     f" --mixed_precision bf16 --validation_steps 500 --dataloader_num_workers {min(4, os.cpu_count() or 1)}",
 }
@@ -316,8 +316,8 @@ def main() -> None:
     if args.benchmark:
         benchmark(args, teacher)
         return
-    # What measures the student is made before it is trained: that its data or its network of features are missing is
-    # to be known now, and not after hours.
+    # The student is measured at the end, but the measures are made now. If their data or their network are missing, the
+    # program ends here, and not after hours of training.
     evaluation, prompts = None, read_prompts(args.prompts)
     if args.num_eval_samples and training.process().is_main_process:
         teacher.to(training.process().device)
@@ -336,8 +336,8 @@ def main() -> None:
 
 
 def validate(step: int, student: DiffusionModel | None, folder: Path, prompts: list[str]) -> None:
-    """A picture of the student as it is after this step. A function of its own, because a student holds memory, and
-    this one is forgotten at its end."""
+    """A picture of the student as it is after this step. This is a function of its own so that the student's memory is
+    free again when it returns; in `main` it would be kept until the next picture."""
     if student:
         samples = sample(student, range(preview(student)[0]), STEPS[-1], prompts=prompts)
         picture(samples, preview(student)[1]).save(writable_folder(folder) / f"step-{step}.png")

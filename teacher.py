@@ -180,8 +180,8 @@ class DiffusionModel:
         options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
         try:
             return LCMScheduler.from_config(self.scheduler.config, **options)
-        except (NotImplementedError, ValueError) as error:
-            raise data.BadInput(f"diffusers' LCMScheduler has not the schedule of {self.name}: {error}") from None
+        except Exception as error:  # what diffusers raises depends on what it does not know
+            raise data.BadInput(f"diffusers' LCMScheduler cannot take the schedule of {self.name}: {error}") from error
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
         """A model of this kind with another network and scheduler, all else shared."""
@@ -230,9 +230,10 @@ def _check_parts(network: nn.Module, scheduler, name: str) -> None:
 
 def refuse_pair_flags(args: argparse.Namespace) -> None:
     """For kinds without captions. (teacher.py itself does not have these flags.)"""
-    neutral = {"min_image_size": 0, "max_pwatermark": 1.0, "cache_latents": None}
+    neutral = {"min_image_size": 0, "max_pwatermark": 1.0, "cache_latents": None, "allow_pipe": False}
     given = any(getattr(args, name, value) != value for name, value in neutral.items())
-    data.refuse(given, "--min_image_size, --max_pwatermark and --cache_latents are for images with captions")
+    names = "--min_image_size, --max_pwatermark, --cache_latents and --allow_pipe"
+    data.refuse(given, f"{names} are for images with captions")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,10 +64,10 @@ def inconsistency(bench: Bench, coupling: str, sigma: str, t: int, k: int, solve
     the coupling "DDIM" their ends are computed in steps of `solver_step`.
     """
     model, schedule, generator = bench.model, bench.model.schedule, torch.Generator().manual_seed(0)
-    x0 = bench.reference[: len(bench.seeds)]
-    time = torch.full((len(x0),), t)
+    x0 = bench.reference[: len(bench.seeds)].to(model.device)
+    time = torch.full((len(x0),), t, device=model.device)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(time, 2), schedule.at(time - k, 2)
-    at_t, at_s, between = (torch.randn(x0.shape, generator=generator) for _ in range(3))
+    at_t, at_s, between = (torch.randn(x0.shape, generator=generator).to(x0) for _ in range(3))
     if coupling == "Markov":
         r, x_s = alpha_t / alpha_s, alpha_s * x0 + sigma_s * at_s
         x_t = r * x_s + (1 - r**2).sqrt() * between  # Eq. 20
@@ -75,7 +75,7 @@ def inconsistency(bench: Bench, coupling: str, sigma: str, t: int, k: int, solve
         x_t, denoise = alpha_t * x0 + sigma_t * at_t, functools.partial(model.predict, cond={})
         x_s = multiple_estimation(denoise, schedule, x_t, time, time - k, k, solver_step)
     end, left = model.mixture.endpoint(x_s, alpha_s[:1], sigma_s[:1]), []
-    for gamma in GAMMAS[1:]:  # at γ = 0, x_γ is r x_s, which F maps as it maps x_s: nothing is left
+    for gamma in GAMMAS[1:].to(x0):  # at γ = 0, x_γ is r x_s, which F maps as it maps x_s: nothing is left
         point = sub_path_point(x_t, x_s, time, time - k, gamma.expand(len(x0)), schedule, "sl", sigma)
         f = model.mixture.endpoint(point.x, point.alpha[:1], point.sigma[:1])
         left.append((f - end).square().sum(1).mean().sqrt().item())
