@@ -145,7 +145,10 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     output_dir += "/benchmark" if first.benchmark else ""  # where nothing of a real run lies
     fit_flags = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
     fit_flags += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
-    teacher = fit_or_load(name, writable_folder(output_dir) / "teacher", fit_flags, first.overwrite)
+    folder = writable_folder(output_dir)
+    if training.process().is_main_process:  # first: --overwrite would fit a teacher anew that another run is using
+        training.keep_others_out(folder.resolve())
+    teacher = fit_or_load(name, folder / "teacher", fit_flags, first.overwrite)
     p.set_defaults(data=teacher.default_data)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
     args = p.parse_args([*RECIPES[teacher.kind].split(), *given])

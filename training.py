@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import fsdp2_prepare_model, load, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, fsdp2_prepare_model, load, parse_flag_from_env, set_seed
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -93,10 +93,10 @@ def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable
 positive = number(int, lambda n: n > 0, "positive")
 count = number(int, lambda n: n >= 0, "a whole number, 0 or more")
 two_or_more = number(int, lambda n: n >= 2, "2 or more, for their spread")
-amount = number(float, lambda x: x >= 0, "a number, 0 or more")
+amount = number(float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")  # float32 ends at 3e38
 seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")  # what numpy's generator takes
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
-finite = number(float, lambda x: True, "a number")
+finite = number(float, lambda x: abs(x) <= 1e30, "a number of at most 1e30")
 
 
 def recipes(title: str, named: dict[str, str]) -> str:
@@ -269,6 +269,8 @@ class Run:
         self.dataset, self.step = dataset, 0
         options = {"mixed_precision": args.mixed_precision, "log_with": args.report_to, "project_dir": str(self.folder)}
         options["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        # Gradients lie where processes exchange them, and are not copied there: that saves as much memory as they take.
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         # The loop advances the learning rate once a step. accelerate itself would do so once for each process.
         self.accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
         alone = self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))

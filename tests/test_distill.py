@@ -200,10 +200,10 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
 @pytest.mark.parametrize(
     "flag, values",
     [
-        ("learning_rate", ["nan", "inf", "-1e-3", "fast"]),
+        ("learning_rate", ["nan", "inf", "-1e-3", "fast", "1e300"]),
         ("max_grad_norm", ["-1", "nan"]),
         ("adam_weight_decay", ["inf"]),
-        ("guidance_w", ["nan"]),
+        ("guidance_w", ["nan", "-1e300"]),
         ("ema_decay", ["nan", "-0.1"]),
         ("seed", ["-1", "1.5", "4294967296", "9" * 400]),
         ("checkpoints_total_limit", ["0", "-1"]),

@@ -340,7 +340,8 @@ def test_a_folder_takes_one_run_at_a_time(flags, tmp_path, call):
         pass
     assert first.poll() is None, first.stderr.read()
     before = unchanged(out)
-    for more in ([], ["--overwrite"], ["--resume_from_checkpoint", "latest"]):
+    refit = ["--overwrite", "--pretrained_teacher_model", "toy:8gaussians"]  # whose teacher would be fitted in there
+    for more in ([], ["--overwrite"], refit, ["--resume_from_checkpoint", "latest"]):
         status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
         assert status == 2 and f"another run is writing to {out}" in one_line(err), err
     assert before == unchanged(out)
