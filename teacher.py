@@ -693,8 +693,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
                 wanted = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
                 loss = distance(output, wanted[model.prediction_type], "l2").mean()
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+                run.clip_gradients()
                 run.optimizer.step()
                 run.optimizer.zero_grad()
             losses.append(loss.detach())

@@ -346,16 +346,25 @@ class Run:
         first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
         return [part[first : first + size].to(accelerator.device) for part in draws]
 
+    def clip_gradients(self) -> None:
+        """Limits the gradient's L2 norm to --max_grad_norm and keeps the norm for the log; where the gradient is not
+        complete yet, before a step's last micro-batch, nothing."""
+        if self.accelerator.sync_gradients:
+            self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+
     def log(self, step: int, loss: Tensor) -> None:
         """One line of metrics.jsonl, and the progress bar. Every process must call this: they average their losses.
 
         BadInput, on all of them, if the average is not finite.
         """
         value = self.accelerator.reduce(loss, "mean").item()  # .item() waits for a GPU to finish the step
+        norm = gathered({"norm": self.norm})["norm"].item()  # before it was limited
         self._refuse_divergence(step, math.isfinite(value), f"the loss is {value}")
         if not self.accelerator.is_main_process:
             return
-        values = {"loss": value, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        # In fp16 the norm is infinite when a step was too large for the gradients' scale; such a step is left out.
+        values = {"loss": value, "grad_norm": norm if math.isfinite(norm) else None}
+        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.bar.set_postfix({"loss": f"{value:.4g}"}, refresh=False)

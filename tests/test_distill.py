@@ -126,7 +126,7 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call, monkeypatch):
     monkeypatch.setattr(PointModel, "many_steps", 1)  # saves time
     base = first_loss(call, points, tmp_path / "base")
     others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
-    others += ", num_ddim_timesteps 25, gamma_draws 3, gamma_at_one 0.5"
+    others += ", num_ddim_timesteps 25, gamma_draws 3, gamma_at_one 0.5, solver dpmsolver++"
     for flag in others.split(", "):
         assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag
     scheduler = json.loads((tmp_path / "num_ddim_timesteps 25/scheduler/scheduler_config.json").read_text())
@@ -135,14 +135,15 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, w, draws",
+    "flags, teachers, draws",
     [
-        (["--k", 40], 0, 1),
-        (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 2, 1),
-        (["--k", 40, "--gamma_draws", 3], 0, 3),
+        (["--k", 40], 2, 1),
+        (["--k", 60, "--guidance_w", 2, "--ode", "lcm"], 6, 1),
+        (["--k", 40, "--gamma_draws", 3], 2, 3),
+        (["--k", 40, "--solver", "dpmsolver++"], 4, 1),
     ],
 )
-def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, w, draws):
+def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, flags, teachers, draws):
     teacher = save(tmp_path / "teacher", unet(classes=3, size=32))
     rows, batch, timed = [], 4, 2
 
@@ -158,7 +159,7 @@ def test_the_cost_model_counts_the_passes_that_are_made(tmp_path, images, call, 
     result = json.loads((tmp_path / "out/benchmark/benchmark.json").read_text())
     in_training = sum(rows[:-4]) / batch / (distill.WARM_UP + 2 * timed)  # the last four time a bare pass
     assert result["forward passes"] == in_training + 2 * draws  # a backward pass costs two forward ones
-    assert in_training == flags[1] // 20 * (2 if w else 1) + 1 + draws
+    assert in_training == teachers + 1 + draws
     assert result["images/s"] == pytest.approx(batch / result["seconds a step"])
     assert {"teacher", "target", "student", "optimizer", "VAE and text"} < set(result["parts"])
     assert min(result["parts"].values()) > 0 and "images/s" in out and "ratio" in out

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import unet
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverSinglestepScheduler, LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import nn
 
 import splam
-from splam import ConsistencyFunction, Schedule, SubPathPoint, multiple_estimation, splad_loss, sub_path_point
+from splam import SOLVERS, ConsistencyFunction, Schedule, SubPathPoint, multiple_estimation, splad_loss, sub_path_point
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
 from toy.mlp import PointMLP
 
@@ -204,34 +204,82 @@ def mixture_denoiser(x, t):
     return (x - sigma * eps) / alpha, eps
 
 
-def solve(x_t, t, s, k, solver_step):
+def solve(x_t, t, s, k, solver_step, solver="ddim"):
     t, s = (torch.full((len(x_t),), time) for time in (t, s))
-    return multiple_estimation(mixture_denoiser, SD, x_t, t, s, k, solver_step)
+    return SOLVERS[solver](mixture_denoiser, SD, x_t, t, s, k, solver_step)
 
 
-def test_a_sub_path_cut_off_at_time_0_is_the_shorter_one():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sub_path_cut_off_at_time_0_is_the_shorter_one(solver):
     x_t = torch.randn(16, 2, generator=seeded(0), dtype=torch.float64)
-    close(solve(x_t, 35, 0, k=100, solver_step=10), solve(x_t, 35, 0, k=40, solver_step=10))
+    short = solve(x_t, 35, 0, 40, 10, solver)
+    close(solve(x_t, 35, 0, 100, 10, solver), short)
+    # In a batch with a longer one, which is not finished when the shorter one is.
+    both = SOLVERS[solver](
+        mixture_denoiser, SD, x_t, torch.tensor([35, 135]).repeat(8), torch.zeros(16).long(), 140, 10
+    )
+    close(both[::2], short[::2])
+    close(both[1::2], solve(x_t, 135, 0, 140, 10, solver)[1::2])
 
 
-@pytest.mark.parametrize("t, s", [(999, 743), (650, 394), (300, 44)])
-def test_multiple_estimation_converges_to_the_probability_flow_with_order_one(t, s):
-    """Eq. 3 in z = x/α and ρ = σ/α is dz/dρ = ε (DDIM is its Euler method); scipy solves that for a mixture."""
+def flow(x_t, t, s):
+    """x_s on the PF-ODE. Eq. 3 in z = x/α and ρ = σ/α is dz/dρ = ε; scipy solves that for a mixture."""
     rho_t, rho_s = ((SD.sigma[time].double() / SD.alpha[time].double()).item() for time in (t, s))
 
     def velocity(rho, z):
         alpha = torch.tensor([[1 / math.sqrt(1 + rho**2)]], dtype=torch.float64)
         return MIXTURE.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, rho * alpha).flatten().numpy()
 
-    x_t = torch.randn(16, 2, generator=seeded(t), dtype=torch.float64)
     alpha_t, alpha_s = SD.alpha[t].double(), SD.alpha[s].double()
     z = solve_ivp(velocity, (rho_t, rho_s), (x_t / alpha_t).flatten().numpy(), method="DOP853", rtol=1e-10, atol=1e-10)
-    truth = alpha_s * torch.from_numpy(z.y[:, -1]).view(-1, 2)
-    steps = [16, 8, 4, 2, 1]
-    errors = [(solve(x_t, t, s, t - s, step) - truth).square().mean().sqrt().item() for step in steps]
-    order = np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert 0.98 < order < 1.02
+    return alpha_s * torch.from_numpy(z.y[:, -1]).view(-1, 2)
+
+
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpmsolver++", 2)])
+@pytest.mark.parametrize("t, s", [(999, 743), (650, 394), (300, 44)])
+def test_solvers_converge_to_the_probability_flow_with_their_order(t, s, solver, order):
+    x_t = torch.randn(16, 2, generator=seeded(t), dtype=torch.float64)
+    truth = flow(x_t, t, s)
+    steps = [16, 8, 4, 2]  # a step of one time has no middle
+    errors = [(solve(x_t, t, s, t - s, step, solver) - truth).square().mean().sqrt().item() for step in steps]
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.06), errors
     assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("t, s", [(999, 899), (599, 499), (199, 99), (19, 0), (2, 1), (1, 0)])
+def test_a_second_order_step_is_that_of_diffusers(t, s):
+    """Its solver is told our middle, which it would choose from a grid of its own, and that both steps count."""
+    called = []
+
+    def denoise(x, times):
+        called.append(times[0].item())
+        return mixture_denoiser(x, times)
+
+    x = torch.randn(16, 2, generator=seeded(t), dtype=torch.float64)
+    time, end = torch.full((16,), t), torch.full((16,), s)
+    ours = SOLVERS["dpmsolver++"](denoise, SD, x, time, end, t - s, t - s)
+    middle = called[1]
+    assert called == [t, middle] and s <= middle < t
+    theirs = DPMSolverSinglestepScheduler(**STABLE_DIFFUSION, algorithm_type="dpmsolver++", prediction_type="sample")
+    theirs.set_timesteps(timesteps=[t, middle, s])
+    theirs.order_list, theirs.model_outputs = [1, 2, 1], [None, None]
+    sample = x
+    for step in (t, middle):
+        x0, _ = mixture_denoiser(sample, torch.full((16,), step))
+        sample = theirs.step(x0, step, sample).prev_sample
+    close(ours, sample)
+
+
+@pytest.mark.parametrize("t", [999, 599, 199])
+def test_one_second_order_step_is_more_accurate_than_five_of_ddim(t):
+    x_t = SD.alpha[t] * MIXTURE.sample(64, seeded(1))[0] + SD.sigma[t] * torch.randn(64, 2, generator=seeded(t))
+    truth = flow(x_t.double(), t, t - 100)
+    second, first = (
+        (solve(x_t.double(), t, t - 100, 100, step, solver) - truth).square().mean()
+        for solver, step in (("dpmsolver++", 100), ("ddim", 20))
+    )
+    assert second < first / 1.5
 
 
 # -- Section 4.2.1, appendices B and C: the line between the ends of a sub-path ---------------------------------------

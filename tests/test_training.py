@@ -496,3 +496,16 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(flags, tmp_path, call):
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[0]["learning_rate"] < lines[2]["learning_rate"] == pytest.approx(1e-3)  # two steps of warm-up
+
+
+def test_the_gradient_norm_is_logged_as_it_was_before_it_was_limited(flags, tmp_path, call):
+    """AdamW's first moment is a tenth of the first gradient; it got what was left of it."""
+    norms = {}
+    for limit in (1e-3, 100.0):
+        out, more = tmp_path / str(limit), ["--max_train_steps", 1, "--max_grad_norm", limit]
+        assert call(distill.main, *flags, *more, "--output_dir", out)[0] == 0
+        moments = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"].values()
+        used = 10 * torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm()
+        norms[limit] = json.loads((out / "metrics.jsonl").read_text())["grad_norm"]
+        assert used == pytest.approx(min(norms[limit], limit), rel=1e-3)
+    assert 1e-2 < norms[1e-3] == norms[100.0] < 100

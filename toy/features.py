@@ -68,8 +68,7 @@ def fit(args: argparse.Namespace, module: nn.Module, images: Images, loss_of: Ca
             with accelerator.accumulate(run.model):
                 loss = loss_of(run.model, *next(batches), generator)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(run.model.parameters(), args.max_grad_norm)
+                run.clip_gradients()
                 run.optimizer.step()
                 run.optimizer.zero_grad()
             losses.append(loss.detach())
