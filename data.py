@@ -314,6 +314,7 @@ def _torchvision_cifar10(folder: str, split: str, resolution: int | None, mirror
     """CIFAR-10's arrays as torchvision has them, downloaded below `folder` if they are not there yet."""
     import torchvision  # takes a second, and few need it
 
+    refuse(split not in ("train", "test"), f"CIFAR-10 has the splits train and test, not {split}")
     try:
         cifar = torchvision.datasets.CIFAR10(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:

@@ -418,11 +418,13 @@ def table(args: argparse.Namespace) -> None:
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
-    out = sample.output_file(folder / "evaluation.png", ".png")  # a student with a hub id has no folder yet
+    # Not a folder of a hub id's own name: from then on, that name would mean the folder.
+    place = folder if folder.is_dir() else Path("runs") / folder.name
+    out = sample.output_file(place / "evaluation.png", ".png")
     overview(teacher, comparison.samples, k).save(out)
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))
-    print(f"{folder}/evaluation.png  {folder}/evaluation.json")
+    print(f"{out}  {out.with_suffix('.json')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,6 +458,8 @@ def error(args: argparse.Namespace) -> None:
 
     out, device, size = sample.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
     models = [load(name).to(device) for name in args.models]
+    sizes = {model.shape for model in models}
+    refuse(len(sizes) > 1, f"models of different sizes have no data in common: {sorted(sizes)}")
     args.data = args.data or models[0].default_data
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
     times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as in the paper's figure
@@ -494,7 +498,7 @@ def parser() -> training.Parser:
     t = programs.add_parser("table", help="compare students with their teacher", formatter_class=training.Help)
     t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
     flag = t.add_argument
-    flag("students", nargs="+", help="pipeline folders or hub ids; the results are written into the first")
+    flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
     flag("--steps", type=training.positive, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
     # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
     flag("--teacher_steps", type=training.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")

@@ -383,8 +383,8 @@ def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, c
 def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     t, points = save(tmp_path / "t", unet(size=32)), save(tmp_path / "points", PointMLP(width=16))
     (tmp_path / "junk.pt2").write_text("junk")
-    for name in ("folder.png", "folder.safetensors"):
-        (tmp_path / name).mkdir()
+    for name in ("folder.png", "folder.safetensors", "cifar10/val"):
+        (tmp_path / name).mkdir(parents=True)
     flags = ["--pretrained_teacher_model", t, "--data", images, "--guidance_w", 0, "--num_samples", 4]
     of_points = ["--pretrained_teacher_model", points, "--guidance_w", 0, "--data", "toy:moons"]
     protocol = ["--protocol", "coco2014-30k"]
@@ -400,7 +400,9 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
         (evaluate, ["table", t, *flags, *protocol, "--prompts", tmp_path / "no.txt"], "no such file"),
         (evaluate, ["table", t, *flags, "--clip_model", "ViT-B-32/openai"], "--clip_model"),
         (evaluate, ["table", t, *flags, "--split", "val"], "no such folder"),
+        (evaluate, ["table", t, *flags, "--data", tmp_path / "cifar10", "--split", "val"], "train and test, not val"),
         (evaluate, ["table", points, *of_points, "--split", "val"], "train and test, not val"),
+        (evaluate, ["error", t, save(tmp_path / "small", unet(size=16)), "--data", images], "of different sizes"),
         # Of an output that cannot be written, before the model or the data that are missing here.
         (evaluate, ["error", tmp_path / "missing", "--out", tmp_path / "folder.png"], "folder.png must be"),
         (evaluate, ["error", tmp_path / "missing", "--out", tmp_path / "e.jpg"], "ends in .png"),
@@ -411,6 +413,17 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     ):
         status, _, err = call(program.main, *arguments)
         assert status == 2 and words in one_line(err), err
+
+
+def test_the_results_of_a_hub_id_do_not_make_a_folder_of_its_name(tmp_path, call, monkeypatch):
+    """That folder would be what the name means from then on."""
+    t = save(tmp_path / "t", PointMLP(width=16))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load", lambda name: load({"someone/student": str(t)}.get(name, name)))
+    flags = ["--pretrained_teacher_model", t, "--data", "toy:moons", "--guidance_w", 0, "--num_samples", 8]
+    status, out, err = call(evaluate.main, "table", "someone/student", *flags, "--steps", 1, "--teacher_steps", 1)
+    assert status == 0 and not (tmp_path / "someone").exists(), err
+    assert (tmp_path / "runs/student/evaluation.json").is_file() and "runs/student/evaluation.png" in out
 
 
 def test_an_edited_record_of_a_student_is_refused_in_one_line(tmp_path, call):
