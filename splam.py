@@ -40,7 +40,7 @@ from torch import Tensor, nn
 # something else.
 ODES = ("sl", "dl", "lcm")  # the line of Eq. 12, that of Eq. 26, or no line at all: γ = 1
 SIGMA_FORMS = ("approx", "exact")  # σ_γ as below Eq. 15, or as in Eq. 24 and 28
-METRICS = ("l2", "huber")
+METRICS = ("l2", "huber", "huber_sample")
 GAMMA_CONDITIONINGS = ("time", "embedding")
 
 
@@ -403,17 +403,19 @@ HUBER_C = 1e-3
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     """The metric d of Eq. 17, one number for each sample (B,): "l2" is the mean of Δ² over the sample's elements,
-    "huber" the mean of √(Δ² + c²) - c.
+    "huber" the mean of √(Δ² + c²) - c, and "huber_sample" the √(mean of Δ² + c²) - c.
 
-    The pseudo-Huber metric is quadratic below c and linear above, so that large errors do not rule the gradient. It is
-    taken element by element, as in LCM's and SPLAM's code. (The paper cites it from iCT, where it is a norm of the
-    whole sample.)
+    The pseudo-Huber metric is quadratic below c and linear above, so that large errors do not rule the gradient. Taken
+    element by element, as in LCM's and SPLAM's code, it does so for each pixel, and is nearly L1. The paper cites it
+    from iCT, where the square root is taken of a whole sample's error: then it is samples, and not pixels, of which
+    none rules. (iCT has c = 0.00054 in these units, and √D times the value for D elements.)
     """
     _check("metric", metric, METRICS)
     squared = (a.float() - b.float()).square()
     if metric == "huber":
         squared = (squared + HUBER_C**2).sqrt() - HUBER_C
-    return squared.flatten(1).mean(1)
+    mean = squared.flatten(1).mean(1)
+    return (mean + HUBER_C**2).sqrt() - HUBER_C if metric == "huber_sample" else mean
 
 
 class Draws(NamedTuple):

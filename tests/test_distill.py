@@ -125,7 +125,8 @@ def test_every_flag_of_the_method_is_read(points, tmp_path, call, monkeypatch):
     """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
     monkeypatch.setattr(PointModel, "many_steps", 1)  # saves time
     base = first_loss(call, points, tmp_path / "base")
-    others = "ode dl, ode lcm, sigma exact, metric l2, k 200, solver_step 100, gamma_conditioning embedding, seed 1"
+    others = "ode dl, ode lcm, sigma exact, metric l2, metric huber_sample, k 200"
+    others += ", solver_step 100, gamma_conditioning embedding, seed 1"
     others += ", num_ddim_timesteps 25, gamma_draws 3, gamma_at_one 0.5, solver dpmsolver++"
     for flag in others.split(", "):
         assert first_loss(call, points, tmp_path / flag, *f"--{flag}".split()) != base, flag

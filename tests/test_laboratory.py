@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from data import Points
 from evaluate import wasserstein2
 from sample import sample
 from splam import Schedule
+from teacher import load
 from toy import (
     appb_sigma,
     fig2a_skip_size,
@@ -26,6 +28,7 @@ from toy import (
     what_decides,
 )
 from toy.laboratory import STEPS, Variant
+from toy.mlp import PointMLP
 
 SCRIPTS = "fig2a_skip_size fig2b_convergence fig2c_error fig3_guidance tab3_sl_vs_dl appb_sigma".split()
 SCRIPTS += [f"what_decides {question}" for question in what_decides.SETTINGS]
@@ -74,6 +77,23 @@ def test_a_script_records_all_it_compares_and_its_flags(name, call):
         "two students are the same: a change was not made"
     )
     assert record["references"].keys() == {"held-out data", "teacher, PF-ODE"}
+
+
+def test_two_steps_without_fresh_noise_are_two_steps_of_ddim(monkeypatch):
+    """For a student that is still its teacher. And as much noise is added as the second time has, wherever it comes
+    from: seen with a student that finds nothing in the first step and changes nothing in the second."""
+    teacher = load(str(save(Path("t"), PointMLP(width=16), clip_sample=False)))
+    place = toy.laboratory.Bench(teacher, "toy:8gaussians", 1024, 0.0)
+    student = teacher.student(teacher.network.state_dict(), 50)
+    ddim = sample(teacher, place.seeds, 2, "ddim")
+    assert what_decides.two_steps(place, student, 499, 0.0) == pytest.approx(ddim, abs=1e-3)
+    assert what_decides.two_steps(place, student, 499, 0.5) != pytest.approx(ddim, abs=0.1)
+    idle = lambda x, t: x * (t != 999).view(-1, 1)  # noqa: E731
+    monkeypatch.setattr(what_decides, "ConsistencyFunction", lambda *_: idle)
+    for second in (299, 699):
+        for eta in (0.0, 0.5, 1.0):
+            noise = what_decides.two_steps(place, student, second, eta).std().item()
+            assert noise == pytest.approx(teacher.schedule.sigma[second].item(), rel=0.05)
 
 
 def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):

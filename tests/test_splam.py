@@ -659,6 +659,11 @@ def test_distances(scale, seed):
     assert splam.distance(a, b, "l2").shape == (5,)  # a number for each sample, which a weight could multiply
     torch.testing.assert_close(splam.distance(a, b, "l2")[:2], splam.distance(a[:2], b[:2], "l2"))
     torch.testing.assert_close(splam.distance(a, b, "huber").double().mean(), huber, rtol=1e-4, atol=2e-10)
+    # iCT's, for its c: the norm of the whole sample. Ours is the same number over √D.
+    norm = d.flatten(1).norm(dim=1)
+    size = d[0].numel()
+    ict = ((norm**2 + size * c**2) ** 0.5 - size**0.5 * c) / size**0.5
+    torch.testing.assert_close(splam.distance(a, b, "huber_sample").double(), ict, rtol=1e-4, atol=2e-10)
 
 
 def test_huber_is_quadratic_near_zero_and_linear_far_away():

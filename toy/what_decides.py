@@ -1,21 +1,25 @@
-"""python -m toy.what_decides width        (or grid, data, teacher, recipe)
+"""python -m toy.what_decides width        (or grid, data, teacher, recipe; solver, metric, rate, sampling)
 
-What decides whether SPLAM is better than LCM? One change at a time.
+What decides whether SPLAM is better than LCM? And what makes either better? One change at a time.
 
 All these students have k = 100 and five solver steps unless a change says otherwise. So LCM and SPLAM differ in γ
 alone: it is always 1, or uniform. Other factors have figures of their own: k and multiple estimation (fig2a),
 training time (fig2b), w (fig3), σ (appb).
 """
 
+import math
+
 import torch
 from PIL import Image
 from torch import Tensor
 
+import training
 from data import Points, program
-from splam import GAMMA_DIM, Draws, draw, gamma_embedding
+from splam import GAMMA_DIM, ConsistencyFunction, Draws, draw, gamma_embedding
+from teacher import DiffusionModel
 from toy import plots
 from toy.fig2a_skip_size import METHODS
-from toy.laboratory import Findings, Laboratory, Variant
+from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
 
 
 def few_points(data: str) -> Points:
@@ -44,6 +48,9 @@ def large_embedding(gamma: Tensor) -> Tensor:
 
 # Each table: a setting's name, and what it changes for each of the METHODS, or only for some of them.
 GAMMA, PAPER = ("SPLAM", "SPLAM, t'"), ("SPLAM",)
+HALF = {"SPLAM, t', half of γ at 1": "--gamma_conditioning time --gamma_at_one 0.5"}
+BEST = ("LCM", *HALF)
+SECOND_ORDER = "--solver dpmsolver++ --solver_step 100"
 SETTINGS = {
     "width": {"128 units": Variant()} | {f"{n} units": Variant(network={"width": n}) for n in (16, 32, 64)},
     "grid": {
@@ -73,7 +80,53 @@ SETTINGS = {
         "sharp embedding": (Variant(parts={"embed": sharp_embedding}), PAPER),
         "embedding x 30": (Variant(parts={"embed": large_embedding}), PAPER),
     },
+    "solver": {
+        "DDIM x 5": (Variant(), BEST),
+        "DDIM x 2": (Variant("--solver_step 50"), BEST),
+        "2S x 1": (Variant(SECOND_ORDER), BEST),
+        "2S x 1, k = 200": (Variant("--k 200 --solver dpmsolver++ --solver_step 200"), BEST),
+    },
+    # All below with the second-order solver.
+    "metric": {name: (Variant(f"{SECOND_ORDER} --metric {name}"), BEST) for name in ("huber", "huber_sample", "l2")},
+    "rate": {rate: (Variant(f"{SECOND_ORDER} --learning_rate {rate}"), BEST) for rate in ("3e-4", "1e-3", "3e-3")},
 }
+SETTINGS["sampling"] = {name: SETTINGS["solver"][name] for name in ("DDIM x 5", "2S x 1", "2S x 1, k = 200")}
+SECOND_TIMES, ETAS = (299, 499, 699, 899), (0.0, 0.5, 1.0)
+
+
+@torch.no_grad()
+def two_steps(bench: Bench, student: DiffusionModel, second: int, eta: float) -> Tensor:
+    """Samples of two steps whose second starts at the time `second`, with a share `eta` of fresh noise.
+
+    Eq. 19 adds fresh noise alone, η = 1. With η = 0 it is the noise that the first step has found in its input: then
+    the first noise alone decides the sample. (In between it is the "strategic stochastic sampling" of TCD,
+    arXiv 2402.19159.)
+    """
+    function = ConsistencyFunction(student.network, student.schedule, student.prediction_type)
+    generator, samples = torch.Generator().manual_seed(0), []
+    for noise, labels in zip(bench.noise.split(bench.batch_size), bench.labels.split(bench.batch_size), strict=True):
+        fresh = torch.randn(noise.shape, generator=generator).to(student.device)
+        x, cond = noise.to(student.device), student.condition(labels.to(student.device))
+        first, then = (torch.full((len(x),), t, device=x.device) for t in (len(student.schedule) - 1, second))
+        with training.autocast(x.device, bench.mixed_precision):
+            x0, (alpha, sigma) = function(x, first, **cond), student.schedule.at(first, x.ndim)
+            kept, (alpha_then, sigma_then) = (x - alpha * x0) / sigma, student.schedule.at(then, x.ndim)
+            x = alpha_then * x0 + sigma_then * (math.sqrt(1 - eta**2) * kept + eta * fresh)
+            samples.append(student.decode(function(x, then, **cond)).cpu())
+    return torch.cat(samples)
+
+
+def sampling_quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
+    """`quality`; and for two steps by another second time or less fresh noise, distance and, where it is defined, map
+    error."""
+    values = quality(bench, student)
+    for second in SECOND_TIMES:
+        for eta in ETAS:
+            name, x = f"then t = {second}, η = {eta:g}", two_steps(bench, student, second, eta)
+            values |= {f"{measure}, {name}": value for measure, value in bench.distances(x).items() if measure != "MMD"}
+            if eta == 0:
+                values[f"map error, {name}"] = (x - bench.endpoint).flatten(1).norm(dim=1).mean().item()
+    return values
 
 
 def variants(question: str) -> dict[str, Variant]:
@@ -82,7 +135,7 @@ def variants(question: str) -> dict[str, Variant]:
     for name, setting in SETTINGS[question].items():
         variant, methods = setting if type(setting) is tuple else (setting, METHODS)
         for method in methods:
-            students[f"{method}: {name}"] = variant._replace(flags=f"{METHODS[method]} {variant.flags}")
+            students[f"{method}: {name}"] = variant._replace(flags=f"{(METHODS | HALF)[method]} {variant.flags}")
     return students
 
 
@@ -91,10 +144,19 @@ def picture(found: Findings) -> Image.Image:
     return plots.dots(found.summary(), found.columns()[:3])
 
 
+def all_columns(found: Findings) -> Image.Image:
+    """A panel for the map error, and one for each way to sample."""
+    left_out = ("map error, 95 %", "MMD")  # they are in the printed table
+    return plots.dots(found.summary(), [c for c in found.columns() if not c.startswith(left_out)])
+
+
 @program
 def main() -> None:
     laboratory = Laboratory(__file__, __doc__, questions=SETTINGS)
-    laboratory.report(variants(laboratory.args.question), picture)
+    question = laboratory.args.question
+    better = question in ("solver", "metric", "rate", "sampling")
+    measure = sampling_quality if question == "sampling" else quality
+    laboratory.report(variants(question), all_columns if better else picture, measure)
 
 
 if __name__ == "__main__":
