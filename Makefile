@@ -1,15 +1,21 @@
 # `make` sets up and distils 8 Gaussians (a second time it prints the results again: runs/8gaussians-sl);
-# `make test` runs everything that must hold.
+# `make test` runs everything that must hold;
+# `make page` builds the reading page, docs/index.html.
 PYTHON ?= python3
+# Where the reading page finds the project's files, for its links.
+FILES ?= ..
 RUN := .venv/bin/python
 
-.PHONY: toy test lint
+.PHONY: toy test lint page
 
 toy: .venv/ready
 	$(RUN) distill.py
 
 test: lint
 	$(RUN) -m pytest
+
+page: .venv/ready
+	$(RUN) -m docs.page --files $(FILES)
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
