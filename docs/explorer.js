@@ -5,7 +5,7 @@
 // plane in the place of a batch. Here the teacher's ε is known in closed form, so nothing is trained and nothing is
 // loaded. tests/test_explorer.py runs this file in a browser and holds its numbers against those of the Python code.
 //
-//     1  The mathematics          eps, trajectory, timeAt, multipleEstimation, subPathPoint
+//     1  The mathematics          eps, endpoint, timeAt, multipleEstimation, secondOrderEstimation, subPathPoint
 //     2  One setting, measured    measure
 //     3  The pictures             Panel, and a function for each of the four
 //     4  The controls             the form is the state; the URL's fragment is a copy of the form
@@ -133,45 +133,42 @@ function timeAt(alpha, sigma) {
   return before + (wanted - logRatio(before)) / (logRatio(after) - logRatio(before));
 }
 
-/** Eq. 18: all points {t, x} of the teacher's solver, from x_t (the first) to x_s (the last). */
-function multipleEstimation(denoise, x, t, s, k, solverStep, solver) {
+/** Eq. 18: the points {t, x} of the teacher's way by DDIM steps from x_t, the first, to x_s, the last. */
+function multipleEstimation(denoise, x, t, s, k, solverStep) {
+  const points = [{ t, x }];
+  for (let i = 0; i < Math.ceil(k / solverStep); i++) {
+    t = Math.max(t - solverStep, s);
+    const [x0, noise] = denoise(x, points.at(-1).t);
+    x = combine(schedule.alpha[t], x0, schedule.sigma[t], noise);
+    points.push({ t, x });
+  }
+  return points;
+}
+
+/** The same by DPM-Solver++ (2S): DDIM to the middle of the step, then the whole step with an x_0 from there. */
+function secondOrderEstimation(denoise, x, t, s, k, solverStep) {
+  const { alpha, sigma } = schedule;
+  const logRatio = (time) => Math.log(alpha[time] / sigma[time]);
   const points = [{ t, x }];
   for (let i = 0; i < Math.ceil(k / solverStep); i++) {
     const next = Math.max(t - solverStep, s);
-    x = (solver === "ddim" ? ddimStep : dpmStep)(denoise, x, t, next);
+    if (next < t) {
+      const half = timeAt(Math.sqrt(alpha[t] * alpha[next]), Math.sqrt(sigma[t] * sigma[next]));
+      const middle = Math.max(Math.min(Math.round(half), t - 1), next);
+      const [x0, noise] = denoise(x, t);
+      const [x0Middle] = denoise(combine(alpha[middle], x0, sigma[middle], noise), middle);
+      const share = (logRatio(next) - logRatio(t)) / (2 * (logRatio(middle) - logRatio(t)));
+      const x0Whole = combine(1 - share, x0, share, x0Middle);
+      const noiseWhole = combine(1 / sigma[t], x, -alpha[t] / sigma[t], x0Whole);
+      x = combine(alpha[next], x0Whole, sigma[next], noiseWhole);
+    }
     t = next;
     points.push({ t, x });
   }
   return points;
 }
 
-/** DDIM: Euler's method for dz/dρ = ε. It writes x_t = α x̂_0 + σ ε̂ and changes α and σ alone. */
-function ddimStep(denoise, x, t, s) {
-  const [x0, noise] = denoise(x, t);
-  return combine(schedule.alpha[s], x0, schedule.sigma[s], noise);
-}
-
-/**
- * DPM-Solver++ (2S): a step of second order, with one more call of the teacher in the middle.
- *
- * With λ = log(α/σ), DDIM is the exact solution for an x̂_0 that does not change on the way:
- * x_s = σ_s/σ_t x - α_s (e^-h - 1) x̂_0, h = λ_s - λ_t. Here x̂_0 may change linearly in λ.
- */
-function dpmStep(denoise, x, t, s) {
-  if (t === s) return x; // h = 0: a sub-path cut off at time 0 has arrived
-  const { alpha, sigma } = schedule;
-  const lambda = (time) => Math.log(alpha[time] / sigma[time]);
-  const middle = (lambda(t) + lambda(s)) / 2;
-  let mid = s;
-  for (let time = s; time <= t; time++) {
-    if (Math.abs(lambda(time) - middle) < Math.abs(lambda(mid) - middle)) mid = time;
-  }
-  const move = (end, x0) => combine(sigma[end] / sigma[t], x, -alpha[end] * Math.expm1(lambda(t) - lambda(end)), x0);
-  const [x0] = denoise(x, t);
-  const [x0Mid] = denoise(move(mid, x0), mid);
-  const r1 = (lambda(mid) - lambda(t)) / (lambda(s) - lambda(t));
-  return move(s, combine(1 - 1 / (2 * r1), x0, 1 / (2 * r1), x0Mid));
-}
+const SOLVERS = { ddim: multipleEstimation, "dpmsolver++": secondOrderEstimation };
 
 /** x_γ on the line between the ends of a sub-path, with its signal α_γ and its noise σ_γ: Eq. 12 to 14, 24, 26 to 28. */
 function subPathPoint(xT, xS, t, s, gamma, ode, sigmaForm) {
@@ -229,7 +226,7 @@ function solve(settings) {
 
   if (coupling === "ddim") {
     const step = Math.ceil(k / m);
-    solved.steps = multipleEstimation(denoiser(mixture), xT, t, s, k, step, settings.solver);
+    solved.steps = SOLVERS[settings.solver](denoiser(mixture), xT, t, s, k, step);
     solved.xS = solved.steps.at(-1).x;
   } else {
     const [first, ...noises] = normalPoints(2 * DRAWS + 1, settings.seed);
@@ -349,7 +346,7 @@ function measure(settings) {
 // --------------------------------------------------------------------------------------------------------------------
 
 const SIZE = 400; // the viewBox of a panel, of which the plot has [LEFT, SIZE - EDGE] × [EDGE, SIZE - BOTTOM]
-const [LEFT, BOTTOM, EDGE] = [40, 24, 8];
+const [LEFT, BOTTOM, EDGE] = [40, 24, 14];
 
 /** "x_t" -> x with a small lowered t. */
 function withSubscripts(text) {
@@ -410,9 +407,9 @@ class Panel {
       for (let n = Math.ceil(this.low[i] / step); n * step <= this.high[i]; n++) {
         const [x, y] = this.at(i ? [this.low[0], n * step] : [n * step, this.low[1]]);
         const text = (n * step || 0).toFixed(digits).replace("-", "−");
-        const [a, b] = i ? [`M${x} ${y}H${SIZE - EDGE}`, `x="${x - 5}" y="${y + 4}" text-anchor="end"`]
-          : [`M${x} ${y}V${EDGE}`, `x="${x}" y="${y + 15}" text-anchor="middle"`];
-        this.parts.push(`<path class="grid" d="${a}"/><text class="tick" ${b}>${text}</text>`);
+        const line = i ? `M${x} ${y}H${SIZE - EDGE}` : `M${x} ${y}V${EDGE}`;
+        const place = i ? `x="${x - 5}" y="${y + 4}" text-anchor="end"` : `x="${x}" y="${y + 15}" text-anchor="middle"`;
+        this.parts.push(`<path class="grid" d="${line}"/><text class="tick" ${place}>${text}</text>`);
       }
     }
     const [width, height] = [SIZE - EDGE - LEFT, SIZE - EDGE - BOTTOM];
@@ -420,6 +417,7 @@ class Panel {
   }
 
   curve(points, style) {
+    if (!points.length) return;
     const d = points.map((p) => this.at(p).map((c) => c.toFixed(2)).join(" ")).join("L");
     this.parts.push(`<path class="${style}" clip-path="url(#explorer-clip)" d="M${d}"/>`);
   }
@@ -529,7 +527,7 @@ function drawSpace(letter, m) {
   panel.curve(m.piece.map(onPath), "ode piece");
   panel.curve(m.steps.map((step) => place(step.x, schedule.alpha[step.t])), "step");
   if (letter === "x") {
-    panel.curve([start, sl ? end : shrunk], "line other");
+    panel.curve([start, sl ? end : shrunk], "chord other");
     panel.curve([end, shrunk], "shrink");
   } else {
     for (const form of ["approx", "exact"]) {
@@ -537,7 +535,7 @@ function drawSpace(letter, m) {
       panel.curve(samplePath(way, way[0].rho, 0, 100).map(onPath), form);
     }
   }
-  panel.curve([start, sl ? shrunk : end], "line");
+  panel.curve([start, sl ? shrunk : end], "chord");
 
   panel.mark(place(m.x0, 1), "plus", "ink", "x_0");
   panel.mark(m.endT, "disc", "blue");
@@ -583,7 +581,7 @@ function drawEnds(m) {
   const panel = panels.ends;
   const ends = [m.endT, m.forms.approx.end, m.forms.exact.end].map((end) => combine(1, end, -1, m.endS));
   const farthest = Math.max(m.farthest, ...ends.map((end) => Math.hypot(...end)));
-  const half = 1 / niceBelow(1 / (1.3 * Math.max(farthest, 1e-4)));
+  const half = 1.25 * Math.max(farthest, 1e-4);
   panel.show([-half, -half], [half, half]);
   panel.axes();
   for (const mean of m.mixture.means) panel.circle(combine(1, mean, -1, m.endS), 2 * m.mixture.std, "component");
@@ -605,14 +603,14 @@ const form = document.getElementById("explorer-form");
 const field = form.elements;
 const PARAMETERS = ["mixture", "x0", "e1", "e2", "t", "k", "m", "solver", "gamma", "ode", "sigma", "coupling", "view", "seed"];
 
-/** Set the form: all elements to their first values, but for those that are named. */
+/** Set the form: all elements to their first values, but for those that are named. A link may hold anything. */
 function setForm(values) {
   form.reset();
   for (const [name, value] of Object.entries(values)) {
     if (!PARAMETERS.includes(name)) continue;
-    const before = field[name].value;
-    field[name].value = value;
-    if (field[name].value === "") field[name].value = before; // no such choice
+    const { options } = field[name];
+    const known = options ? [...options].some((option) => option.value === value) : value !== "" && isFinite(value);
+    if (known) field[name].value = value;
   }
 }
 
@@ -652,7 +650,7 @@ function linkToForm() {
 }
 
 function digits(x, n = 4) {
-  return x.toFixed(n).replace("-", "−");
+  return x.toFixed(n).replace(/^-(?=.*[1-9])/, "−").replace("-", ""); // and no −0.0000
 }
 
 function writeNumbers(m) {
@@ -672,7 +670,7 @@ function writeNumbers(m) {
   const facts = [
     ["drift ratio r = α_t/α_s", digits(m.r)],
     ["σ_γ linear − Markov (Eq. 25)", digits(approx.sigma - exact.sigma)],
-    ["noise that x_γ really holds", digits(m.measuredHere)],
+    ["noise in x_γ, measured", digits(m.measuredHere)],
     ["… linear σ is off by", digits(approx.sigma - m.measuredHere)],
     ["… Markov σ is off by", digits(exact.sigma - m.measuredHere)],
     ["line to PF-ODE, farthest: in x", digits(m.bendX)],
@@ -682,11 +680,14 @@ function writeNumbers(m) {
     .map(([name, value]) => `<tr><th scope="row">${html(name)}</th><td>${value}</td></tr>`)
     .join("");
   const name = settings.sigma === "approx" ? "linear" : "Markov";
-  return (
+  const measured = settings.coupling === "ddim" ? "x_γ − α_γ x̂_0 holds the noise" : "The draws’ spread is";
+  const apart = settings.coupling === "ddim" ? "" : " (a Markov pair lies on two trajectories, with two ends)";
+  return html(
     `At γ = ${settings.gamma.toFixed(2)} the student is told t′ = ${m.told.time.toFixed(1)}, by the ${name} σ. ` +
-    `From x_γ the PF-ODE ends ${digits(distance(approx.end, endS))} from the end of x_s if it starts with the linear σ, and ` +
-    `${digits(distance(exact.end, endS))} if it starts with the Markov σ. `
-  ).replace(/_(.)/g, "<sub>$1</sub>");
+      `${measured} ${digits(m.measuredHere)}; the linear σ is off by ${digits(approx.sigma - m.measuredHere)}, the ` +
+      `Markov σ by ${digits(exact.sigma - m.measuredHere)}. From x_γ the PF-ODE ends ${digits(distance(approx.end, endS))} ` +
+      `from the end of x_s if it starts with the linear σ, ${digits(distance(exact.end, endS))} with the Markov σ${apart}.`,
+  );
 }
 
 let saying = 0;
@@ -752,27 +753,29 @@ for (const panel of [panels.x, panels.z]) {
   });
 }
 
+const PLAY_TIME = 4000;
 const playButton = document.getElementById("explorer-play");
-let playing = 0; // the number of the animation frame to come, or 0
+let playing = 0; // the timer of the next picture, or 0
 
 function stop() {
-  cancelAnimationFrame(playing);
+  clearTimeout(playing);
   playing = 0;
   playButton.textContent = "Play γ";
 }
 
+/** γ from 0 to 1 in PLAY_TIME milliseconds. */
+function play(begun) {
+  const gamma = Math.min(1, (performance.now() - begun) / PLAY_TIME);
+  field.gamma.value = gamma;
+  update();
+  if (gamma < 1) playing = setTimeout(play, 40, begun);
+  else stop();
+}
+
 playButton.addEventListener("click", () => {
   if (playing) return stop();
-  let begun;
-  const frame = (now) => {
-    begun ??= now;
-    field.gamma.value = (now - begun) / 4000;
-    update();
-    if (now - begun < 4000) playing = requestAnimationFrame(frame);
-    else stop();
-  };
   playButton.textContent = "Stop";
-  playing = requestAnimationFrame(frame);
+  play(performance.now());
 });
 
 form.addEventListener("input", (event) => {
@@ -783,8 +786,8 @@ form.addEventListener("submit", (event) => event.preventDefault());
 
 /** For tests/test_explorer.py: what the formulas gave, as numbers. */
 function numbers({ settings, s, xT, xS, x0, epsHat, endT, endS, forms, measuredHere }) {
-  return { settings, s, xT, xS, x0, eps: epsHat, endT, endS, measured: measuredHere,
-    forms: Object.fromEntries(Object.entries(forms).map(([name, { x, alpha, sigma, time, end }]) => [name, { x, alpha, sigma, time, end }])) };
+  for (const form of Object.values(forms)) delete form.way;
+  return { settings, s, xT, xS, x0, eps: epsHat, endT, endS, measured: measuredHere, forms };
 }
 
 /** Take over the settings of the URL's fragment, if it is one of ours. */
@@ -809,5 +812,9 @@ function readFragment() {
 }
 
 window.addEventListener("hashchange", readFragment);
+document.addEventListener("click", (event) => {
+  // A link to where the address already points changes nothing, so the browser would not tell of it.
+  if (event.target.closest?.("a")?.hash === location.hash) readFragment();
+});
 update();
 readFragment();
