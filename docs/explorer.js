@@ -170,7 +170,7 @@ function secondOrderEstimation(denoise, x, t, s, k, solverStep) {
 
 const SOLVERS = { ddim: multipleEstimation, "dpmsolver++": secondOrderEstimation };
 
-/** x_γ on the line between the ends of a sub-path, with its signal α_γ and its noise σ_γ: Eq. 12 to 14, 24, 26 to 28. */
+/** x_γ on the line between the ends of a sub-path, with its signal and its noise: Eq. 12 to 14, 24, 26 to 28. */
 function subPathPoint(xT, xS, t, s, gamma, ode, sigmaForm) {
   const [alphaT, sigmaT, alphaS, sigmaS] = [schedule.alpha[t], schedule.sigma[t], schedule.alpha[s], schedule.sigma[s]];
   const r = alphaT / alphaS;
@@ -256,8 +256,8 @@ function solve(settings) {
 /**
  * How much noise x_γ holds, measured without either formula.
  *
- * DDIM: x_γ - α_γ x̂_0 as a multiple of ε̂, both as the teacher sees them at x_t. Markov: the spread of the draws around
- * α_γ x_0, in each of the two coordinates.
+ * DDIM: x_γ - α_γ x̂_0 as a multiple of ε̂, with x̂_0 and ε̂ as the teacher sees them at x_t. Markov: the spread of the
+ * draws around α_γ x_0, in each of the two coordinates.
  */
 function measuredSigma({ t, s, xT, xS, x0, x0Hat, epsHat, draws, coupling, ode }, gamma) {
   if (coupling === "ddim") {
@@ -458,7 +458,8 @@ class Panel {
           const box = [cx - width / 2, cy - 9, cx + width / 2, cy + 9];
           let cost = radius / 10 + (this.sides[name] === side ? 0 : 3);
           for (const [left, top, right, bottom] of this.taken) {
-            const [w, h] = [Math.min(right, box[2]) - Math.max(left, box[0]), Math.min(bottom, box[3]) - Math.max(top, box[1])];
+            const w = Math.min(right, box[2]) - Math.max(left, box[0]);
+            const h = Math.min(bottom, box[3]) - Math.max(top, box[1]);
             if (w > 0 && h > 0) cost += 10 + w * h;
           }
           if (box[0] < LEFT || box[2] > SIZE - EDGE || box[1] < EDGE || box[3] > SIZE - BOTTOM) cost += 1000;
@@ -503,7 +504,9 @@ function drawSpace(letter, m) {
       seen.push(combine(1, centre, reach, [1, 1]), combine(1, centre, -reach, [1, 1]));
     }
     if (settings.view === "whole") {
-      for (const mean of mixture.means) seen.push(combine(1, mean, 3 * mixture.std, [1, 1]), combine(1, mean, -3 * mixture.std, [1, 1]));
+      for (const mean of mixture.means) {
+        seen.push(combine(1, mean, 3 * mixture.std, [1, 1]), combine(1, mean, -3 * mixture.std, [1, 1]));
+      }
     }
     panel.fit(seen);
   }
@@ -601,7 +604,7 @@ function drawEnds(m) {
 
 const form = document.getElementById("explorer-form");
 const field = form.elements;
-const PARAMETERS = ["mixture", "x0", "e1", "e2", "t", "k", "m", "solver", "gamma", "ode", "sigma", "coupling", "view", "seed"];
+const PARAMETERS = [...field].map((element) => element.name).filter((name) => name);
 
 /** Set the form: all elements to their first values, but for those that are named. A link may hold anything. */
 function setForm(values) {
@@ -644,7 +647,7 @@ function readForm() {
 
 /** The fragment of the present setting. */
 function linkToForm() {
-  const start = (element) => element.defaultValue ?? [...element.options].find((option) => option.defaultSelected).value;
+  const start = ({ defaultValue, options }) => defaultValue ?? [...options].find((each) => each.defaultSelected).value;
   const changed = PARAMETERS.filter((name) => field[name].value !== start(field[name]));
   return `#explorer?${new URLSearchParams(changed.map((name) => [name, field[name].value]))}`;
 }
@@ -682,11 +685,12 @@ function writeNumbers(m) {
   const name = settings.sigma === "approx" ? "linear" : "Markov";
   const measured = settings.coupling === "ddim" ? "x_γ − α_γ x̂_0 holds the noise" : "The draws’ spread is";
   const apart = settings.coupling === "ddim" ? "" : " (a Markov pair lies on two trajectories, with two ends)";
+  const [fromApprox, fromExact] = [approx, exact].map(({ end }) => digits(distance(end, endS)));
   return html(
     `At γ = ${settings.gamma.toFixed(2)} the student is told t′ = ${m.told.time.toFixed(1)}, by the ${name} σ. ` +
-      `${measured} ${digits(m.measuredHere)}; the linear σ is off by ${digits(approx.sigma - m.measuredHere)}, the ` +
-      `Markov σ by ${digits(exact.sigma - m.measuredHere)}. From x_γ the PF-ODE ends ${digits(distance(approx.end, endS))} ` +
-      `from the end of x_s if it starts with the linear σ, ${digits(distance(exact.end, endS))} with the Markov σ${apart}.`,
+      `${measured} ${digits(m.measuredHere)}; the linear σ is off by ${digits(approx.sigma - m.measuredHere)}, ` +
+      `the Markov σ by ${digits(exact.sigma - m.measuredHere)}. From x_γ the PF-ODE ends ${fromApprox} from the end ` +
+      `of x_s if it starts with the linear σ, ${fromExact} with the Markov σ${apart}.`,
   );
 }
 
@@ -729,7 +733,7 @@ for (const panel of [panels.x, panels.z]) {
   handle.addEventListener("pointerdown", (event) => {
     handle.setPointerCapture(event.pointerId);
     panel.frozen = true;
-    handle.focus();
+    handle.focus({ preventScroll: true });
     event.preventDefault();
   });
   handle.addEventListener("pointermove", (event) => {
@@ -748,7 +752,8 @@ for (const panel of [panels.x, panels.z]) {
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
     if (!way) return;
     event.preventDefault(); // the page would scroll
-    const here = panel === panels.x ? last.solved.xT : combine(1 / schedule.alpha[last.solved.t], last.solved.xT, 0, [0, 0]);
+    const { t, xT } = last.solved;
+    const here = panel === panels.x ? xT : combine(1 / schedule.alpha[t], xT, 0, xT);
     moveTo(panel, combine(1, here, ((event.shiftKey ? 5 : 1) * (panel.high[0] - panel.low[0])) / 60, way));
   });
 }
