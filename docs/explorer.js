@@ -425,6 +425,7 @@ class Panel {
   circle(centre, radius, style) {
     const [x, y] = this.at(centre);
     const size = (radius / (this.high[0] - this.low[0])) * (SIZE - EDGE - LEFT);
+    if (x + size < LEFT || x - size > SIZE - EDGE || y + size < EDGE || y - size > SIZE - BOTTOM) return;
     this.parts.push(`<circle class="${style}" clip-path="url(#explorer-clip)" cx="${x}" cy="${y}" r="${size}"/>`);
   }
 
