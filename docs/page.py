@@ -133,9 +133,10 @@ def rows(source: str) -> list[Row]:
             comment = range(number, number + length)
             begins[number] = Row("", number, "\n".join(lines[i - 1][2:] for i in comment), [])
             texts |= set(comment)
-    # A constant without a comment belongs to the definition that follows it.
+    # A constant without a comment belongs to the definition that follows it, if there is no comment between them.
     for before, node in pairwise(tree.body):
-        if isinstance(before, ast.Assign) and before.lineno - 1 not in texts and first_line(node) in begins:
+        between = [line for line in range(before.lineno, first_line(node) + 1) if line - 1 in texts or line in begins]
+        if isinstance(before, ast.Assign) and between == [first_line(node)]:
             begins[before.lineno] = begins.pop(first_line(node))
     row = begins[1]
     for number in range(1, len(lines) + 1):
