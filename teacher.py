@@ -388,8 +388,8 @@ class StableDiffusion(DiffusionModel):
         made_from |= {"teacher": self.name, "resolution": resolution, "mixed_precision": args.mixed_precision}
 
         def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad(), training.autocast(state.device, args.mixed_precision):
-                x0, cond = self.prepare(pixels.to(state.device), tokens.to(state.device))
+            with torch.no_grad(), training.autocast(self.device, args.mixed_precision):
+                x0, cond = self.prepare(pixels.to(self.device), tokens.to(self.device))
             return x0, cond["encoder_hidden_states"]
 
         # evaluate.py has no flag for workers.
