@@ -36,6 +36,7 @@ from splam import multiple_estimation
 from teacher import DiffusionModel
 
 STEPS = [1, 2, 4]
+TRAINING = ("loss", "gradient norm")  # columns that a row has beside what was measured
 WORK = Path("runs/laboratory")  # teachers that are fitted here, and what an interrupted script has already measured
 ROOT = Path(__file__).parents[1]
 # All that a student's numbers depend on, beside its flags and the functions that its script brings along.
@@ -185,11 +186,15 @@ def distil(job: Job) -> list[dict]:
         args, model, place = prepare(job)
         dataset = job.variant.dataset(args.data) if job.variant.dataset else None
         distillation = distill.Distillation(args, model, dataset, **job.variant.parts)
-        for step, _ in distillation.steps():
+        since = []  # loss and gradient norm of each step since the last measurement
+        for step, loss in distillation.steps():
+            since.append(torch.stack([loss, distillation.run.norm]))
             if step in job.at:
                 student, evaluations = distillation.student(), step * distill.forward_passes(args)
                 row = {"variant": job.name, "seed": args.seed, "step": step, "evaluations": evaluations}
                 rows.append({**row, **job.measure(place, student)})
+                rows[-1] |= dict(zip(TRAINING, torch.stack(since).mean(0).tolist(), strict=True))
+                since.clear()
         if job.save_samples:
             rows[-1]["samples"] = place.sample(student, 1, preview(model)[0]).tolist()
     return rows
@@ -225,7 +230,7 @@ class Findings(NamedTuple):
     def columns(self) -> list[str]:
         """Those with one measured number a row. Others hold lists, or whole numbers that say which row it is."""
         first = next(iter(self.rows.values()))[0]
-        return [column for column, value in first.items() if isinstance(value, float)]
+        return [column for column, value in first.items() if isinstance(value, float) and column not in TRAINING]
 
     def of(self, variant: str, column: str) -> Tensor:
         """(seeds, times) or, where a row holds a list, (seeds, times, length)."""

@@ -1,0 +1,58 @@
+"""python -m toy.symptoms
+
+What a healthy run looks like, and what common mistakes look like: docs/symptoms.md says what to check.
+
+The first student has distill.py's own flags for 2-D points. Each of the others has one mistake.
+"""
+
+import json
+
+from PIL import Image
+
+import teacher
+from data import program
+from toy import plots
+from toy.laboratory import TRAINING, WORK, Findings, Laboratory, Variant
+
+HEALTHY = "healthy"
+GUIDED = "--pretrained_teacher_model ideal:clouds --guidance_w"
+MISPLACED = WORK / "wrong-prediction-type"
+VARIANTS = {
+    HEALTHY: Variant(),
+    "learning rate x 10": Variant("--learning_rate 1e-2"),
+    "learning rate / 10": Variant("--learning_rate 1e-4"),
+    "EMA 0": Variant("--ema_decay 0"),
+    "EMA 0.999": Variant("--ema_decay 0.999"),
+    "exact σ with time": Variant("--sigma exact"),
+    "LCM, ends off the grid": Variant("--ode lcm --k 50 --solver_step 25"),
+    "k = 200, one solver step": Variant("--k 200 --solver_step 200"),
+    "wrong prediction type": Variant(f"--pretrained_teacher_model {MISPLACED}"),
+    "guidance_scale 1 meant": Variant(f"{GUIDED} 0", teacher="--class_conditional"),
+    "and w = 1 typed": Variant(f"{GUIDED} 1", teacher="--class_conditional"),
+}
+PARTS = [i / 12 for i in range(1, 13)]  # of the training, after which students are measured
+
+
+def make_teacher_with_a_wrong_type(quick: bool) -> None:
+    """One that predicts v and says in its scheduler's config that it predicts ε, as after a careless conversion."""
+    steps = ["--max_train_steps", "30"] if quick else []
+    teacher.fit_or_load("toy:8gaussians", MISPLACED, steps)
+    file = MISPLACED / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
+
+
+def picture(found: Findings) -> Image.Image:
+    """Loss, gradient norm and map error by step."""
+    columns = [*TRAINING, "map error"]
+    return plots.curves(*(plots.Panel(c, "training steps", "", found.curves(c, "step")) for c in columns))
+
+
+@program
+def main() -> None:
+    laboratory = Laboratory(__file__, __doc__, seeds=2)
+    make_teacher_with_a_wrong_type(laboratory.args.quick)
+    laboratory.report(VARIANTS, picture, at=PARTS)
+
+
+if __name__ == "__main__":
+    main()
