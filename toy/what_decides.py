@@ -15,6 +15,7 @@ from torch import Tensor
 
 import training
 from data import Points, program
+from sample import SeededNoise
 from splam import GAMMA_DIM, ConsistencyFunction, Draws, draw, gamma_embedding
 from teacher import DiffusionModel
 from toy import plots
@@ -103,13 +104,15 @@ def two_steps(bench: Bench, student: DiffusionModel, second: int, eta: float) ->
     arXiv 2402.19159.)
     """
     function = ConsistencyFunction(student.network, student.schedule, student.prediction_type)
-    generator, samples = torch.Generator().manual_seed(0), []
-    for noise, labels in zip(bench.noise.split(bench.batch_size), bench.labels.split(bench.batch_size), strict=True):
-        fresh = torch.randn(noise.shape, generator=generator).to(student.device)
-        x, cond = noise.to(student.device), student.condition(labels.to(student.device))
-        first, then = (torch.full((len(x),), t, device=x.device) for t in (len(student.schedule) - 1, second))
+    samples = []
+    for first in range(0, len(bench.seeds), bench.batch_size):
+        # The noises of the first and of the second step are those that `sample` has for these seeds.
+        seeds = bench.seeds[first : first + bench.batch_size]
+        noise, labels = SeededNoise(student.shape, seeds, student.device), bench.labels[first : first + len(seeds)]
+        x, fresh, cond = noise(), noise(), student.condition(labels.to(student.device))
+        last, then = (torch.full((len(x),), t, device=x.device) for t in (len(student.schedule) - 1, second))
         with training.autocast(x.device, bench.mixed_precision):
-            x0, (alpha, sigma) = function(x, first, **cond), student.schedule.at(first, x.ndim)
+            x0, (alpha, sigma) = function(x, last, **cond), student.schedule.at(last, x.ndim)
             kept, (alpha_then, sigma_then) = (x - alpha * x0) / sigma, student.schedule.at(then, x.ndim)
             x = alpha_then * x0 + sigma_then * (math.sqrt(1 - eta**2) * kept + eta * fresh)
             samples.append(student.decode(function(x, then, **cond)).cpu())
