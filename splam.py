@@ -166,14 +166,15 @@ def second_order_estimation(
     """This project's option: x̂_s from x_t by k / `solver_step` steps of DPM-Solver++(2S), two calls of the teacher
     each.
 
-    Divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM is Euler's method for it: x_0 counts as what
-    it is at the step's start. But x_0 changes on the way. In λ = log(α/σ) it is nearly linear, and the average of a
-    linear function over the step is, to second order, its value half way. So a DDIM step goes to the middle, asks the
-    teacher there, and a second one makes the whole way with that x_0. The error of a step shrinks with the third power
-    of its length, and one such step is more accurate than five DDIM steps of the same sub-path (toy/README.md).
+    Divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM is Euler's method for it: for the whole step
+    x_0 counts as what it is at the start. But x_0 changes on the way. To second order, one may use for the whole step
+    what it is in the middle. So a DDIM step goes half of the way in λ = log(α/σ), the teacher is asked there, and a
+    second DDIM step goes the whole way with that x_0. The error of a step shrinks with the third power of its length.
+    With k = 100, one such step is more accurate than five DDIM steps, save for the last sub-paths before the data
+    (toy/README.md); with k = 200 it is not.
 
-    The middle is the nearest integer time, since teachers know no others. By how much it is off is known: x_0 is taken
-    from the line through its two values, wherever the second lies.
+    Teachers know integer times only, so the second call is near the middle and not at it. A line through both values
+    of x_0 is read at the true middle.
     """
 
     def log_ratio(time: Tensor) -> Tensor:
@@ -203,9 +204,11 @@ SOLVER_CALLS = {"ddim": 1, "dpmsolver++": 2}  # of the teacher, in each solver s
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  The line that replaces a sub-path (Section 4.2.1, appendices B and C)
 #
-# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. SPLAM replaces it by a straight line and trains
-# on all of it. Eq. 9 to 11 split the error of consistency training, d(f(x_t), f(x_s)), into two terms: the difference
-# of the points, x_t - r x_s, and a difference of noise estimates. The line fills the first.
+# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. LCM asks the student at x_t only, a whole sub-path
+# away from its target. SPLAM asks it at all points of a straight line between the ends, x_γ = (1-γ) r x_s + γ x_t
+# (Eq. 12). Eq. 9 to 11 say why. They split the error of consistency training, d(f(x_t), f(x_s)), into two terms: the
+# difference of the points, x_t - r x_s, and a difference of noise estimates. At x_γ the first is only γ (x_t - r x_s).
+# So the task grows from an easy one at γ = 0 to LCM's at γ = 1.
 #
 # Why the end is multiplied by r = α_t / α_s. x_t holds the signal α_t x_0 and x_s holds α_s x_0, which is more. r x_s
 # holds α_t x_0 as well, so every point between r x_s and x_t has the same signal and only the noise varies (Eq. 14).
@@ -224,7 +227,8 @@ SOLVER_CALLS = {"ddim": 1, "dpmsolver++": 2}  # of the teacher, in each solver s
 # - x_t is r x_s plus noise that does not depend on x_s, when x_t was made from x_s by fresh noise (Eq. 20:
 #   x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 say what that makes of x_0). Then variances add: put Eq. 20 into Eq. 12, and
 #   x_γ = r x_s + γ √(1-r²) ε' (Eq. 23), so that σ_γ² = r² σ_s² + γ² (1-r²) (Eq. 24). This is the "exact" form. Training
-#   does not couple its ends in this way: there, in spite of its name, it is the wrong σ.
+#   does not couple its ends in this way: there, in spite of its name, it is the wrong σ. ("approx" and "exact" are the
+#   paper's words. Where they would mislead, this project says the linear and the Markov σ.)
 #
 # Eq. 25 is the difference of the two forms. Their squares differ by 2 γ (1-γ) r σ_s (σ_t - r σ_s): nothing at γ = 0 and
 # γ = 1, and in between approx is larger.
@@ -295,8 +299,8 @@ GAMMA_DIM = 32  # length of the γ-embedding
 def gamma_embedding(gamma: Tensor) -> Tensor:
     """γ (B,) -> (B, GAMMA_DIM) in float32, exactly the zero vector at γ = 1.
 
-    LCM's embedding of w, sin and cos of 1000 w times frequencies, has cos 0 = 1 and is not zero anywhere; hence the
-    cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest frequency here turns four times
+    The official code embeds γ as LCM embeds w, by sin and cos of 1000 w times frequencies. cos 0 is 1, so that
+    embedding is never zero; hence the cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest frequency here turns four times
     from γ = 0 to 1.
     """
     frequencies = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
@@ -331,7 +335,7 @@ TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in
 def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
 
-    Eq. 5 makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would satisfy
+    Eq. 5, whose f is our F, makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would satisfy
     self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 it is a matter of the first time step: c_skip is 0.0025
     at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later. So in
     practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself. (In
@@ -525,8 +529,8 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_inference_steps: int) -> list[int]:
     """`num_inference_steps` times of the training grid from N-1 down, evenly spaced by their place on it: LCM's times.
 
-    `original_inference_steps` is the number of times on that grid, by its name in diffusers' LCMScheduler. The place is
-    a product of floats, rounded down, because it is one there: exact fractions would give other times here and there,
+    `original_inference_steps` is the number of times on that grid, by its name in diffusers' LCMScheduler. diffusers
+    computes the place with floats and rounds down. So does this: exact fractions would give other times here and there,
     and a student sampled by stock diffusers would not be the one that was measured here.
     """
     step = num_train_timesteps // original_inference_steps

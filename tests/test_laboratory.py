@@ -82,7 +82,8 @@ def test_a_script_records_all_it_compares_and_its_flags(name, call):
 
 def test_two_steps_without_fresh_noise_are_two_steps_of_ddim(monkeypatch):
     """For a student that is still its teacher. With fresh noise alone they are Eq. 19's two. And as much noise is added
-    as the second time has, wherever it comes from: seen with a student that finds nothing in the first step and changes nothing in the second."""
+    as the second time has, wherever it comes from: seen with a student that finds nothing in the first step and changes
+    nothing in the second."""
     teacher = load(str(save(Path("t"), PointMLP(width=16), clip_sample=False)))
     place = toy.laboratory.Bench(teacher, "toy:8gaussians", 1024, 0.0)
     student = teacher.student(teacher.network.state_dict(), 50)
