@@ -300,8 +300,8 @@ def gamma_embedding(gamma: Tensor) -> Tensor:
     """γ (B,) -> (B, GAMMA_DIM) in float32, exactly the zero vector at γ = 1.
 
     The official code embeds γ as LCM embeds w, by sin and cos of 1000 w times frequencies. cos 0 is 1, so that
-    embedding is never zero; hence the cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest frequency here turns four times
-    from γ = 0 to 1.
+    embedding is never zero; hence the cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest
+    frequency here turns four times from γ = 0 to 1.
     """
     frequencies = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
     angle = (1 - gamma.float())[:, None] * frequencies
@@ -335,11 +335,11 @@ TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in
 def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
 
-    Eq. 5, whose f is our F, makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would satisfy
-    self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 it is a matter of the first time step: c_skip is 0.0025
-    at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later. So in
-    practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself. (In
-    discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
+    Eq. 5, whose f is our F, makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would
+    satisfy self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 it is a matter of the first time step: c_skip
+    is 0.0025 at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later.
+    So in practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself.
+    (In discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
     """
     scaled = (TIMESTEP_SCALING * t.float()).view((-1,) + (1,) * (ndim - 1))
     norm = scaled**2 + SIGMA_DATA**2
