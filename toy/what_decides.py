@@ -153,13 +153,29 @@ def all_columns(found: Findings) -> Image.Image:
     return plots.dots(found.summary(), [c for c in found.columns() if not c.startswith(left_out)])
 
 
+def by_second_time(found: Findings) -> Image.Image:
+    """Two steps by their second time: a panel for each η, and one for the map error of η = 0."""
+    distance = found.columns()[2].partition(",")[0]  # W2 of points, the Fréchet distance of images
+    shown = [(distance, eta) for eta in ETAS] + [("map error", ETAS[0])]
+    panels = []
+    for measure, eta in shown:
+        lines = {}
+        for name in found.rows:
+            columns = [f"{measure}, then t = {second}, η = {eta:g}" for second in SECOND_TIMES]
+            lines[name] = (SECOND_TIMES, *zip(*(found.last(name, column) for column in columns), strict=True))
+        panels.append(plots.Panel(f"{measure}, η = {eta:g}", "second time", "", lines, yscale="linear"))
+    return plots.curves(*panels)
+
+
+PICTURES = {"solver": all_columns, "metric": all_columns, "rate": all_columns, "sampling": by_second_time}
+
+
 @program
 def main() -> None:
     laboratory = Laboratory(__file__, __doc__, questions=SETTINGS)
     question = laboratory.args.question
-    better = question in ("solver", "metric", "rate", "sampling")
     measure = sampling_quality if question == "sampling" else quality
-    laboratory.report(variants(question), all_columns if better else picture, measure)
+    laboratory.report(variants(question), PICTURES.get(question, picture), measure)
 
 
 if __name__ == "__main__":
