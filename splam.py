@@ -171,7 +171,7 @@ def second_order_estimation(
     what it is in the middle. So a DDIM step goes half of the way in λ = log(α/σ), the teacher is asked there, and a
     second DDIM step goes the whole way with that x_0. The error of a step shrinks with the third power of its length.
     With k = 100, one such step is more accurate than five DDIM steps, save for the last sub-paths before the data
-    (toy/README.md); with k = 200 it is not.
+    (toy/README.md), and for the first where α_T is 0, which is infinitely long in λ. With k = 200 it is not.
 
     Teachers know integer times only, so the second call is near the middle and not at it. A line through both values
     of x_0 is read at the true middle.

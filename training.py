@@ -454,6 +454,8 @@ class Run:
             # accelerate reads optimizer and random states with weights_only=True, which runs no code. FSDP's sharded
             # format is the exception: its index is a full pickle. --fsdp_state_dict_type FULL_STATE_DICT has none.
             self.accelerator.load_state(str(path))
+            # No micro-batch of the next step is done, however the steps before were cut into them.
+            self.accelerator.step = 0
             # Averages are no models for accelerate, so they are read here; with FSDP each process takes its part.
             for name, module in self.averages.items():
                 weights = load_file(path / f"{name}.safetensors")

@@ -613,7 +613,8 @@ function setForm(values) {
   for (const [name, value] of Object.entries(values)) {
     if (!PARAMETERS.includes(name)) continue;
     const { options } = field[name];
-    const known = options ? [...options].some((option) => option.value === value) : value !== "" && isFinite(value);
+    const number = /^-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
+    const known = options ? [...options].some((option) => option.value === value) : number.test(value);
     if (known) field[name].value = value;
   }
 }

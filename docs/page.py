@@ -129,7 +129,8 @@ def rows(source: str) -> list[Row]:
         texts |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     for number, line in enumerate(lines, 1):
         if line.startswith("#") and number not in texts:
-            length = next(i for i, after in enumerate(lines[number:], 1) if not after.startswith("#"))
+            after = enumerate([*lines[number:], ""], 1)
+            length = next(i for i, line in after if not line.startswith("#"))
             comment = range(number, number + length)
             begins[number] = Row("", number, "\n".join(lines[i - 1][2:] for i in comment), [])
             texts |= set(comment)

@@ -133,6 +133,11 @@ def test_sharded_weights_learn_what_replicated_ones_do(teacher, pairs, replicate
     two_processes(tmp_path, (FSDP, again), *more)
     for name in RUNS:
         assert losses(out[name]) == pytest.approx(losses(replicated[name]), rel=1e-4), name
+        norms = [
+            [json.loads(line)["grad_norm"] for line in (folder[name] / "metrics.jsonl").read_text().splitlines()]
+            for folder in (out, replicated)
+        ]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3), name
     assert losses(out["rest"]) == losses(out["plain"])[2:]
     assert_same_student(out["plain"], replicated["plain"], teacher)
     assert_same_student(out["rest"], out["plain"], teacher)

@@ -271,6 +271,21 @@ def test_a_second_order_step_is_that_of_diffusers(t, s):
     close(ours, sample)
 
 
+def test_a_second_order_step_begins_where_no_signal_is_left():
+    """Zero terminal SNR: there log(α/σ) is minus infinity, and nothing may become nan of it."""
+    schedule = Schedule(DDPMScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True).alphas_cumprod)
+
+    def denoise(x, t):
+        x0 = 0.5 * torch.ones_like(x)  # data of one point
+        alpha, sigma = schedule.at(t, x.ndim)
+        return x0, (x - alpha * x0) / sigma
+
+    x_t, t = torch.randn(16, 2, generator=seeded(0)), torch.full((16,), 999)
+    alpha, sigma = schedule.at(t - 100, 2)
+    x_s = SOLVERS["dpmsolver++"](denoise, schedule, x_t, t, t - 100, 100, 100)
+    close(x_s, alpha * 0.5 + sigma * x_t)
+
+
 @pytest.mark.parametrize("t", [999, 599, 199])
 def test_one_second_order_step_is_more_accurate_than_five_of_ddim(t):
     x_t = SD.alpha[t] * MIXTURE.sample(64, seeded(1))[0] + SD.sigma[t] * torch.randn(64, 2, generator=seeded(t))

@@ -96,7 +96,20 @@ def test_micro_batches_and_processes_only_divide_the_work(flags, tmp_path, call)
     """Two processes with half the batch, and two micro-batches of half, are one process with all of it."""
     assert call(distill.main, *flags, "--output_dir", tmp_path / "one")[0] == 0
     half = [*flags, "--train_batch_size", 4]
-    assert call(distill.main, *half, "--output_dir", tmp_path / "micro", "--gradient_accumulation_steps", 2)[0] == 0
+    micro = ["--output_dir", tmp_path / "micro", "--checkpointing_steps", 3, "--gradient_accumulation_steps", 2]
+    assert call(distill.main, *half, *micro)[0] == 0
+    # Resumed, a step may be cut otherwise than it was before.
+    quarter = [
+        *flags,
+        "--train_batch_size",
+        2,
+        "--gradient_accumulation_steps",
+        4,
+        "--output_dir",
+        tmp_path / "quarter",
+    ]
+    status, _, err = call(distill.main, *quarter, "--resume_from_checkpoint", tmp_path / "micro/checkpoint-3")
+    assert status == 0 and losses(tmp_path / "quarter") == pytest.approx(losses(tmp_path / "one")[3:], rel=1e-3), err
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = python(*launch, ROOT / "distill.py", *half, "--output_dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -300,6 +313,7 @@ def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path
         def overflow(accelerator, parameters, norm):
             for parameter in parameters:
                 parameter.grad.fill_(math.inf)
+            return torch.tensor(math.inf)
 
         monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", overflow)
     more = ["--learning_rate", 1e30, "--checkpointing_steps", 1, "--lr_warmup_steps", warm_up or 0, "--output_dir", out]
@@ -308,6 +322,8 @@ def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path
     named = re.search(r"goes on from (\S+),", err)
     assert [str(path) for path in training.checkpoints(out)][-1:] == ([named[1]] if named else [])
     assert all(math.isfinite(loss) for loss in losses(out)) and not (out / "model_index.json").exists()
+    if warm_up is None:  # JSON has no infinity
+        assert json.loads((out / "metrics.jsonl").read_text())["grad_norm"] is None
 
 
 def start(script: str, *arguments) -> subprocess.Popen:

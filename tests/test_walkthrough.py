@@ -30,7 +30,7 @@ def test_the_first_cell_finds_the_project_or_clones_it(tmp_path, start):
     published.mkdir()
     for file in ("splam.py", "requirements.txt"):  # a stand-in that is cloned fast and asks for no packages
         (published / file).write_text("")
-    git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com", "-C", published]
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false", "-C", published]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     address = re.search('REPOSITORY = "(.*?)"', CODE[0].source)[1]
