@@ -94,9 +94,11 @@ def images(tmp_path_factory) -> Path:
     wanted = {f"{split}/{c}/{i:04d}.jpg" for split, n in PER_CLASS.items() for c in CLASSES for i in range(n)}
     if CIFAR_ARCHIVE.is_file():
         with tarfile.open(CIFAR_ARCHIVE) as archive:
+            # Set here and not given to `extract`, which takes it from Python 3.11.4 on only: Debian 12 has 3.11.2.
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
             for member in archive:
                 if member.name.removeprefix("./") in wanted:
-                    archive.extract(member, root, filter="data")
+                    archive.extract(member, root)
                     wanted.discard(member.name.removeprefix("./"))
                     if not wanted:
                         break
