@@ -403,7 +403,8 @@ def table(args: argparse.Namespace) -> None:
     kinds = {"pretrained_teacher_model": str, "data": str, "guidance_w": (int, float)}
     for name, kind in kinds.items():
         if getattr(args, name) is None:
-            unknown = not isinstance(trained_with.get(name), kind)  # missing, or edited
+            value = trained_with.get(name)
+            unknown = not isinstance(value, kind) or value != value  # missing, or edited; nan is not itself
             refuse(unknown, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
     # Of several students each is named by its folder, or the rows could not be told apart.

@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -438,6 +439,7 @@ def test_an_edited_record_of_a_student_is_refused_in_one_line(tmp_path, call):
     changes += [
         {"guidance_w": "1"},
         {"guidance_w": None},
+        {"guidance_w": math.nan},
         {"data": 5},
         {"data": None},
         {"pretrained_teacher_model": []},
