@@ -82,6 +82,13 @@ REFERENCE = re.compile(
 COLUMNS = re.compile(r"(?m)^( *)(\S+(?: \S+)*) {2,}(.*(?:\n\1 {5,}.*)*)\n?")
 GAP = re.compile(r"(?<=\S) {2,}(?=\S)")
 
+# x_t, σ_γ, x̂_0, F_θ⁻ or t_{n+k} in a text: a letter and its index. Code, formulas and the insides of tags are not.
+SYMBOL = re.compile(
+    r"<(?P<kept>code|math)\b.*?</(?P=kept)>|<[^>]*>"
+    r"|(?<![\w_])([^\W\d_]\u0302?)_(skip|out|[^\W²]⁻?|\{.*?\}|∅)(?![^\W²])",
+    re.DOTALL,
+)
+
 MARKDOWN = MarkdownIt("js-default")
 
 
@@ -222,6 +229,11 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
             yield block, markdown(re.sub(r"(?m)^(?=\S.*\n {4}\S)", "- ", GAP.sub("\N{EM SPACE}", block)))
 
 
+def typeset(page: str) -> str:
+    """The same HTML of a comment, with indices below their letters."""
+    return SYMBOL.sub(lambda m: f"<i>{m[2]}</i><sub>{m[3].strip('{}')}</sub>" if m[2] else m[0], page)
+
+
 def linked(page: str, names: Collection[str]) -> str:
     """The same HTML, in which what it refers to by name is a link: equations, notes, definitions of splam.py."""
 
@@ -321,14 +333,14 @@ def chapter(source: str, equations: dict[str, Part]) -> str:
             title, text = row.text.strip("-\n").split("\n", 1)
             page.append(f'<h2 id="section-{title[0]}">{html.escape(title)}</h2>')
             for block, shown in blocks(text.strip("\n")):
-                page.append(pair(shown, cards(block, "")))
+                page.append(pair(typeset(shown), cards(block, "")))
             if "Algorithm 1" in title:
                 page.append(algorithm(equations["algorithm-1"], source))
         else:
             # Lines of code are too many to be stops of the Tab key, so a definition's first line is one here.
             file = f'<a class="place" href="../splam.py#L{row.line}">line {row.line}</a>'
             heading = f'<h3 id="splam.{row.name}"><code>{row.name}</code> {file}</h3>' if row.name else ""
-            text = "".join(shown for _, shown in blocks(row.text))
+            text = typeset("".join(shown for _, shown in blocks(row.text)))
             # The first rows are an overview, which names all equations.
             formulas = cards(row.text + comments, row.name) if above else ""
             figure = result(row.name) if row.name in FIGURES else ""
