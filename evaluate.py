@@ -420,8 +420,8 @@ def table(args: argparse.Namespace) -> None:
     comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.
-    place = folder if folder.is_dir() else Path("runs") / folder.name
-    out = sample.output_file(place / "evaluation.png", ".png")
+    results = folder if folder.is_dir() else Path("runs") / folder.name
+    out = sample.output_file(results / "evaluation.png", ".png")
     overview(teacher, comparison.samples, k).save(out)
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))

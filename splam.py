@@ -170,8 +170,8 @@ def second_order_estimation(
     x_0 counts as what it is at the start. But x_0 changes on the way. To second order, one may use for the whole step
     what it is in the middle. So a DDIM step goes half of the way in λ = log(α/σ), the teacher is asked there, and a
     second DDIM step goes the whole way with that x_0. The error of a step shrinks with the third power of its length.
-    With k = 100, one such step is more accurate than five DDIM steps, save for the last sub-paths before the data
-    (toy/README.md), and for the first where α_T is 0, which is infinitely long in λ. With k = 200 it is not.
+    With k = 100, one such step is more accurate than five DDIM steps in the middle of the way, and less so near the
+    data (toy/README.md). Where α_T is 0 the first sub-path is infinitely long in λ, and there it gains nothing.
 
     Teachers know integer times only, so the second call is near the middle and not at it. A line through both values
     of x_0 is read at the true middle.

@@ -238,6 +238,7 @@ def linked(page: str, names: Collection[str]) -> str:
     """The same HTML, in which what it refers to by name is a link: equations, notes, definitions of splam.py."""
 
     def link(match: re.Match) -> str:
+        """The link for one name, or what stood there if nothing on the page has it."""
         if match["equations"]:
             below = "below-" if match[0].startswith("below") else ""
             return re.sub(r"(?:(?:below\s+)?Eq\.\s+)?(\d+)", rf'<a href="#eq-{below}\1">\g<0></a>', match[0])
@@ -369,6 +370,7 @@ def explained(equations: dict[str, Part]) -> str:
 
 
 def index(equations: dict[str, Part]) -> str:
+    """A list of links to all equations and to each line of Algorithm 1."""
     titles = [(f"eq-{part.key}", part.title) for part in equations.values() if part.key]
     items = [f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in titles]
     steps = " ".join(f'<a href="#algorithm-1-line-{n}" aria-label="line {n}">{n}</a>' for n in range(1, 10))

@@ -14,11 +14,10 @@ from data import program
 from toy import plots
 from toy.laboratory import TRAINING, WORK, Findings, Laboratory, Variant
 
-HEALTHY = "healthy"
 GUIDED = "--pretrained_teacher_model ideal:clouds --guidance_w"
-MISPLACED = WORK / "wrong-prediction-type"
+WRONG_TYPE = WORK / "wrong-prediction-type"
 VARIANTS = {
-    HEALTHY: Variant(),
+    "healthy": Variant(),
     "learning rate x 10": Variant("--learning_rate 1e-2"),
     "learning rate / 10": Variant("--learning_rate 1e-4"),
     "EMA 0": Variant("--ema_decay 0"),
@@ -26,7 +25,8 @@ VARIANTS = {
     "exact σ with time": Variant("--sigma exact"),
     "LCM, ends off the grid": Variant("--ode lcm --k 50 --solver_step 25"),
     "k = 200, one solver step": Variant("--k 200 --solver_step 200"),
-    "wrong prediction type": Variant(f"--pretrained_teacher_model {MISPLACED}"),
+    "wrong prediction type": Variant(f"--pretrained_teacher_model {WRONG_TYPE}"),
+    # The next two are a pair: guidance_scale 1 is w = 0. On two classes that overlap, since guidance needs some.
     "guidance_scale 1 meant": Variant(f"{GUIDED} 0", teacher="--class_conditional"),
     "and w = 1 typed": Variant(f"{GUIDED} 1", teacher="--class_conditional"),
 }
@@ -36,8 +36,9 @@ PARTS = [i / 12 for i in range(1, 13)]  # of the training, after which students 
 def make_teacher_with_a_wrong_type(quick: bool) -> None:
     """One that predicts v and says in its scheduler's config that it predicts ε, as after a careless conversion."""
     steps = ["--max_train_steps", "30"] if quick else []
-    teacher.fit_or_load("toy:8gaussians", MISPLACED, steps)
-    file = MISPLACED / "scheduler" / "scheduler_config.json"
+    # A second call finds the folder of the first, and changes what is changed already.
+    teacher.fit_or_load("toy:8gaussians", WRONG_TYPE, steps)
+    file = WRONG_TYPE / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "epsilon"}))
 
 

@@ -18,7 +18,7 @@ from data import Points, program
 from sample import SeededNoise
 from splam import GAMMA_DIM, ConsistencyFunction, Draws, draw, gamma_embedding
 from teacher import DiffusionModel
-from toy import plots
+from toy import plots, tab3_sl_vs_dl
 from toy.fig2a_skip_size import METHODS
 from toy.laboratory import Bench, Findings, Laboratory, Variant, quality
 
@@ -147,12 +147,6 @@ def picture(found: Findings) -> Image.Image:
     return plots.dots(found.summary(), found.columns()[:3])
 
 
-def all_columns(found: Findings) -> Image.Image:
-    """A panel for the map error, and one for each way to sample."""
-    left_out = ("map error, 95 %", "MMD")  # they are in the printed table
-    return plots.dots(found.summary(), [c for c in found.columns() if not c.startswith(left_out)])
-
-
 def by_second_time(found: Findings) -> Image.Image:
     """Two steps by their second time: a panel for each η, and one for the map error of η = 0."""
     distance = found.columns()[2].partition(",")[0]  # W2 of points, the Fréchet distance of images
@@ -167,7 +161,8 @@ def by_second_time(found: Findings) -> Image.Image:
     return plots.curves(*panels)
 
 
-PICTURES = {"solver": all_columns, "metric": all_columns, "rate": all_columns, "sampling": by_second_time}
+PICTURES = {question: tab3_sl_vs_dl.picture for question in ("solver", "metric", "rate")}
+PICTURES["sampling"] = by_second_time
 
 
 @program
