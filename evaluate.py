@@ -220,6 +220,7 @@ class Evaluation:
     prompts: Sequence[str] = ()
     batch_size: int | None = None
     mixed_precision: str = "no"
+    eta: float = 1.0  # the share of fresh noise between a student's steps
 
     def __post_init__(self):
         self.seeds = range(self.seed, self.seed + self.num_samples)
@@ -264,6 +265,7 @@ class Evaluation:
         parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         network = evaluations * network_seconds(model, size, self.mixed_precision) / size
         options = {"w": w, "prompts": self.prompts, "batch_size": size, "mixed_precision": self.mixed_precision}
+        options["eta"] = self.eta if model.is_student else 1.0
         if samples_dir:
             folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
             sample_to_folder(model, seeds, folder, steps, **options)
@@ -321,8 +323,9 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     noises.
 
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
-    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one. A
-    student that was distilled at another resolution shares no noise with its teacher, and has none.
+    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one, or
+    if no fresh noise is added between its steps. A student that was distilled at another resolution shares no noise
+    with its teacher, and has none.
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
@@ -345,10 +348,11 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
         # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
-        elif endpoint is not None and (model is teacher or n == 1) and x.shape == endpoint.shape:
+        elif endpoint is not None and (model is teacher or n == 1 or not evaluation.eta) and x.shape == endpoint.shape:
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
         samples[f"{name}, {n_steps(n)}"] = x
     count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
+    count += f", η = {evaluation.eta:g}" if evaluation.eta != 1 else ""
     against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
     names = [measure.name for measure in evaluation.measures]
     return Comparison(rows, samples, f"{count}, against {', '.join([against, *names])}")
@@ -413,7 +417,7 @@ def table(args: argparse.Namespace) -> None:
     teacher = load(args.pretrained_teacher_model).to(device)
     k, times = trained_with.get("k", 100), len(teacher.schedule)
     refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")
-    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision".split()
+    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision eta".split()
     options = {name: getattr(args, name) for name in same}
     evaluation = Evaluation(teacher, prompts=prompts, **options)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
@@ -513,6 +517,7 @@ def parser() -> training.Parser:
     flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
     flag("--num_samples", type=training.positive, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
+    sample.add_eta(t)
     add_arguments(t)
     e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)", formatter_class=training.Help)
     flag = e.add_argument

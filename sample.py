@@ -48,19 +48,21 @@ class SeededNoise:
         return torch.stack(noise).to(self.device)
 
 
-def run_sampler(model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict, w: float) -> Tensor:
+def run_sampler(
+    model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict, w: float, eta: float
+) -> Tensor:
     """One batch: from noise at time N-1 to x_0, (B, ...).
 
-    "lcm" is the student's sampler, Eq. 19 repeated. "ddim" and "dpmsolver++" are diffusers' solvers of the PF-ODE, fed
-    with what the guided ε makes of v. Two settings matter for a fair comparison with a student: they start at the last
-    time, N-1, where x really is pure noise ("trailing" spacing), and they do not clip x_0, which would be another ODE
-    than the one that was distilled.
+    "lcm" is the student's sampler, Eq. 19 repeated, with the share `eta` of fresh noise between two steps. "ddim" and
+    "dpmsolver++" are diffusers' solvers of the PF-ODE, fed with what the guided ε makes of v. Two settings matter for a
+    fair comparison with a student: they start at the last time, N-1, where x really is pure noise ("trailing" spacing),
+    and they do not clip x_0, which would be another ODE than the one that was distilled.
     """
     x = noise()
     if sampler == "lcm":
         times = few_step_times(steps, len(model.schedule), model.original_inference_steps)
         student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
-        *_, x = few_step_sample(student, model.schedule, x, times, noise, **cond)
+        *_, x = few_step_sample(student, model.schedule, x, times, noise, eta, **cond)
         return x
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -79,7 +81,7 @@ def run_sampler(model: DiffusionModel, noise: SeededNoise, steps: int, sampler: 
 
 
 def default_sampler(model: DiffusionModel) -> str:
-    """What the model was made for: a student jumps to x_0, with fresh noise between jumps (Eq. 19); a teacher knows the
+    """What the model was made for: a student jumps to x_0, with noise between jumps (Eq. 19); a teacher knows the
     direction of the PF-ODE."""
     return "lcm" if model.is_student else "ddim"
 
@@ -93,16 +95,26 @@ def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None) -
 
 @torch.no_grad()
 def sample_batches(
-    model: DiffusionModel, seeds, steps: int, sampler=None, *, w=0.0, prompts=(), batch_size=None, mixed_precision="no"
+    model: DiffusionModel,
+    seeds: Sequence[int],
+    steps: int,
+    sampler: str | None = None,
+    *,
+    w: float = 0.0,
+    eta: float = 1.0,
+    prompts: Sequence[str] = (),
+    batch_size: int | None = None,
+    mixed_precision: str = "no",
 ) -> Iterator[Tensor]:
     """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number.
 
     Without a `sampler` (one of SAMPLERS) a student's is "lcm" and a teacher's "ddim"; without a `batch_size` it is the
-    model's own. `w` guides a teacher.
+    model's own. `w` guides a teacher; `eta` is the share of fresh noise between a student's steps.
     """
     sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
     check_steps(model, steps, sampler)
     refuse(w and sampler == "lcm", "guidance is for teachers: what a student was distilled with is in its weights")
+    refuse(eta != 1 and sampler != "lcm", f"--eta is for lcm: {sampler} adds no noise")
     # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
     labels = model.labels(prompts)
     batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
@@ -111,7 +123,7 @@ def sample_batches(
         # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
         with training.autocast(model.device, mixed_precision):
             noise, cond = SeededNoise(model.shape, batch, model.device), model.condition(label)
-            x0 = run_sampler(model, noise, steps, sampler, cond, w)
+            x0 = run_sampler(model, noise, steps, sampler, cond, w, eta)
         yield model.decode(x0).cpu()
 
 
@@ -262,6 +274,12 @@ def add_arguments(parser: training.Parser) -> None:
     parser.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
 
 
+def add_eta(parser: training.Parser) -> None:
+    """The flag of programs in which students take several steps."""
+    help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
+    parser.add_argument("--eta", type=training.mixture, default=1.0, help=help)
+
+
 def parser() -> training.Parser:
     """The flags of sample.py."""
     p = training.Parser(prog="sample.py", description="Sample students and teachers.", formatter_class=training.Help)
@@ -270,6 +288,7 @@ def parser() -> training.Parser:
     p.add_argument("--teacher_steps", type=training.positive, nargs="+", help="of teachers (default 50)")
     p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
     p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
+    add_eta(p)
     p.add_argument("--num_images", type=training.positive, help="default: 64, or one row in a picture of several rows")
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
@@ -295,17 +314,19 @@ def main() -> None:
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
     refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
     refuse("lcm" not in samplers and args.steps, "--steps is for students; a teacher takes --teacher_steps")
+    refuse("lcm" not in samplers and args.eta != 1, "--eta is for students: a teacher's steps add no noise")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
-        w = 0.0 if sampler == "lcm" else args.guidance_w
+        w, eta = (0.0, args.eta) if sampler == "lcm" else (args.guidance_w, 1.0)
         if out.suffix == ".png":
-            guidance = f", w = {w:g}" if w else ""
-            rows[f"{model.name}, {sampler}, {n_steps(n)}{guidance}"] = sample(model, seeds, n, sampler, w=w, **options)
+            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 else "")
+            row = f"{model.name}, {sampler}, {n_steps(n)}{words}"
+            rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, **options)
         else:
             folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
-            sample_to_folder(model, seeds, folder, n, sampler, w=w, **options)
+            sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, **options)
     if len(rows) == 1:  # nothing to compare with, so all samples in a square instead of in one row
         picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
     elif rows:

@@ -520,9 +520,13 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 #
 # One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. Its
 # error is largest for this longest jump. So more steps go back part of the way: noise is added to x̂_0 until it has
-# as much as a less noisy time than the first, and the student jumps again from there, a shorter way. The noise is
-# fresh, so the new point lies on another trajectory: with more than one step, the first noise alone does not decide
-# the sample.
+# as much as a less noisy time than the first, and the student jumps again from there, a shorter way.
+#
+# Which noise is added is a choice. In the paper it is fresh, so the new point lies on another trajectory: with more
+# than one step, the first noise alone does not decide the sample. It could also be the noise ε̂ that the step has found
+# in its input, x = α x̂_0 + σ ε̂. Then the way stays as near to one trajectory as the student knows it, and nothing is
+# random but the start: this is a DDIM step with the student's x̂_0. η mixes the two, as in DDIM (Song et al.): both
+# noises are standard normal and independent, so √(1-η²) ε̂ + η ε is standard normal too.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -540,17 +544,27 @@ def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_
 
 @torch.no_grad()
 def few_step_sample(
-    student: Callable, schedule: Schedule, noise: Tensor, times: Sequence[int], randn: Callable[[], Tensor], **cond
+    student: Callable,
+    schedule: Schedule,
+    noise: Tensor,
+    times: Sequence[int],
+    randn: Callable[[], Tensor],
+    eta: float = 1.0,
+    **cond,
 ) -> Iterator[Tensor]:
-    """Eq. 19 at the first of `times`; then, for each of the others, fresh noise (Eq. 1) and Eq. 19 again.
+    """Eq. 19 at the first of `times`; then, for each of the others, noise (Eq. 1) and Eq. 19 again.
 
     Yields x̂_0 after each step, so that a caller can draw the way; the last one is the sample. `randn` returns fresh
-    noise of the shape of `noise` at each call.
+    noise of the shape of `noise` at each call. `eta` is its share: 1 is the paper's sampling, and LCM's; with 0 the
+    first noise alone decides the sample. (TCD, arXiv 2402.19159, has an η with the same two ends.)
     """
-    x = noise
-    for i, time in enumerate(times):
-        x0 = student(x, torch.full((len(x),), time, device=x.device), **cond)
+    x, t = noise, torch.full((len(noise),), times[0], device=noise.device)
+    for i in range(len(times)):
+        x0 = student(x, t, **cond)
         yield x0
         if i + 1 < len(times):
-            alpha, sigma = schedule.at(torch.full((len(x),), times[i + 1], device=x.device), x.ndim)
-            x = alpha * x0 + sigma * randn()
+            alpha, sigma = schedule.at(t, x.ndim)
+            found = (x - alpha * x0) / sigma  # ε̂
+            t = torch.full_like(t, times[i + 1])
+            alpha, sigma = schedule.at(t, x.ndim)
+            x = alpha * x0 + sigma * (math.sqrt(1 - eta**2) * found + eta * randn())

@@ -96,6 +96,7 @@ two_or_more = number(int, lambda n: n >= 2, "2 or more, for their spread")
 amount = number(float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")  # float32 ends at 3e38
 seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")  # what numpy's generator takes
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+mixture = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 finite = number(float, lambda x: abs(x) <= 1e30, "a number of at most 1e30")
 
 

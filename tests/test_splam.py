@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import unet
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverSinglestepScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverSinglestepScheduler, LCMScheduler, TCDScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -927,6 +927,37 @@ def test_few_step_sample_is_a_loop_of_lcm(prediction_type, steps):
         x = step.prev_sample
         close(predicted, step.denoised, 1e-4)
     close(path[-1], x, 1e-4)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@each_prediction_type
+def test_few_step_sample_without_fresh_noise_is_a_loop_of_tcd(prediction_type, steps):
+    """TCD's sampler with η = 0. It takes the network's x_0 as it is, and so does Eq. 16 to 1e-5 at these times."""
+    oracle = TCDScheduler(**STABLE_DIFFUSION, prediction_type=prediction_type)
+    oracle.set_timesteps(steps)
+    teacher, noise = network(), torch.randn(16, 2, generator=seeded(0))
+    student, times = ConsistencyFunction(teacher, SD, prediction_type), splam.few_step_times(steps, 1000, 50)
+    randn = lambda: torch.full((16, 2), 1e6)  # noqa: E731  whatever is drawn must not count
+    path = list(splam.few_step_sample(student, SD, noise, times, randn, 0.0))
+    x = noise
+    for predicted, t in zip(path, oracle.timesteps, strict=True):
+        alpha, sigma = SD.at(t.expand(16), 2)
+        close(predicted, splam.to_x0_eps(teacher(x, t).sample, x, alpha, sigma, prediction_type)[0], 1e-3)
+        x = oracle.step(teacher(x, t).sample, t, x, eta=0.0).prev_sample
+
+
+def test_found_and_fresh_noise_add_up_to_standard_normal_noise():
+    """Whatever their shares: seen with a student that finds nothing in the first step, so that all of x is noise, and
+    changes nothing in the second."""
+    noise, fresh = torch.randn(2, 100_000, 1, generator=seeded(0))
+    idle = lambda x, t: x * (t != 999).view(-1, 1)  # noqa: E731
+    for eta in (0.0, 0.5, 0.8, 1.0):
+        *_, x = splam.few_step_sample(idle, SD, noise, [999, 499], lambda: fresh, eta)
+        assert x.std() == pytest.approx(SD.sigma[499].item(), rel=0.01)
+        shares = torch.linalg.lstsq(torch.cat([noise, fresh], 1), x).solution.flatten() / SD.sigma[499]
+        # x = σ ε at the start too: the noise that is found is the whole input over σ_999, which is 0.998.
+        assert shares[1] == pytest.approx(eta, abs=1e-4)
+        assert shares[0] == pytest.approx(math.sqrt(1 - eta**2) / SD.sigma[999].item(), abs=1e-4)
 
 
 def test_the_condition_reaches_every_step():

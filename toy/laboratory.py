@@ -91,24 +91,40 @@ class Bench(Evaluation):
                 ends.append(model.decode(pf_ode_end(model, noise.to(model.device), cond, w)).cpu())
         self.endpoint = torch.cat(ends)
 
-    def sample(self, student: DiffusionModel, steps: int, count: int | None = None) -> Tensor:
+    def sample(self, student: DiffusionModel, steps: int, count: int | None = None, eta: float = 1.0) -> Tensor:
         """A student's samples from these noises, or from the first `count` of them."""
-        return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision)
+        return sample(student, self.seeds[:count], steps, eta=eta, mixed_precision=self.mixed_precision)
 
     def distances(self, samples: Tensor) -> dict[str, float]:
-        """From the samples to the data: W2 and MMD of points, the Fréchet distance of images."""
-        self.update(samples)
+        """From the samples to the data: W2 and MMD of points, the Fréchet distance of images, and how many of them show
+        what their prompts name."""
+        self.update(samples, [self.texts[seed % len(self.texts)] for seed in self.seeds if self.texts])
         return self.results()
+
+    def errors(self, samples: Tensor) -> Tensor:
+        """From each sample to where the PF-ODE ends from the same noise, (num_samples,)."""
+        return (samples - self.endpoint).flatten(1).norm(dim=1)
 
 
 def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
-    """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data."""
+    """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data.
+
+    Both also without fresh noise between steps (η = 0), when a student of several steps is such a map too.
+    """
     samples = {n: bench.sample(student, n) for n in STEPS}
-    errors = (samples[1] - bench.endpoint).flatten(1).norm(dim=1)
+    errors = bench.errors(samples[1])
     values = {"map error": errors.mean().item(), "map error, 95 %": errors.quantile(0.95).item()}
     for n, x in samples.items():
         values |= {f"{name}, {n_steps(n)}": value for name, value in bench.distances(x).items()}
+    for n in STEPS[1:]:
+        values |= without_noise(bench, bench.sample(student, n, eta=0.0), f"{n_steps(n)}, η = 0")
     return values
+
+
+def without_noise(bench: Bench, samples: Tensor, name: str) -> dict[str, float]:
+    """What there is to say of samples that the first noise alone has decided."""
+    values = {f"{measure}, {name}": value for measure, value in bench.distances(samples).items() if measure != "MMD"}
+    return values | {f"map error, {name}": bench.errors(samples).mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,6 +143,7 @@ class Job(NamedTuple):
     measure: Callable[[Bench, DiffusionModel], dict]  # -> the columns of a row
     num_samples: int
     features: str
+    reference: str | None  # what samples are measured against; without one, --data
     save_samples: bool
 
 
@@ -176,7 +193,7 @@ def prepare(job: Job) -> tuple[argparse.Namespace, DiffusionModel, Bench]:
     where = ["--pretrained_teacher_model", name, "--output_dir", str(WORK / key(job))]
     args, model = distill.configure([*job.flags, *where])
     options = {"features": job.features, "mixed_precision": args.mixed_precision}
-    return args, model, bench(name, args.data, job.num_samples, args.guidance_w, **options)
+    return args, model, bench(name, job.reference or args.data, job.num_samples, args.guidance_w, **options)
 
 
 def distil(job: Job) -> list[dict]:
@@ -283,6 +300,7 @@ class Laboratory:
         flag("--budget", type=training.positive, default=9000, help="network evaluations of a student, in batches")
         flag("--num_samples", type=training.positive, default=1024, help="by which a student is measured")
         flag("--features", default="inception", help="of images, as of evaluate.py")
+        flag("--reference_data", help="images to measure against, if --data are images with captions")
         flag("--only", nargs="+", help="some of the students, by their names in the table")
         flag("--processes", type=training.positive, help="students at a time (default: one a core, one on a GPU)")
         flag("--save_samples", action="store_true", help="also a picture of one step of the first students")
@@ -317,7 +335,8 @@ class Laboratory:
             quick = "--max_train_steps 30 --train_batch_size 32" if args.quick else ""
             fitted = ["--data", data, "--seed", str(seed), *quick.split(), *variant.teacher.split()]
         times, save = sorted({max(1, round(steps * part)) for part in at}), args.save_samples and seed == 0
-        return Job(name, variant, flags, fitted, times, measure, args.num_samples, args.features, save)
+        against = (args.num_samples, args.features, args.reference_data)
+        return Job(name, variant, flags, fitted, times, measure, *against, save)
 
     def report(
         self, variants: dict[str, Variant], picture: Callable[[Findings], Image.Image], measure=quality, at=(1,)

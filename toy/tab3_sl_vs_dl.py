@@ -35,9 +35,12 @@ VARIANTS |= {name: Variant(f"--k 100 {flags}") for name, flags in OPTIONS.items(
 
 
 def picture(found: Findings) -> Image.Image:
-    """A panel for the map error, and one for each number of sampling steps."""
-    left_out = ("map error, 95 %", "MMD")  # they are in the printed table
-    return plots.dots(found.summary(), [c for c in found.columns() if not c.startswith(left_out)])
+    """A panel for the map error of one step, and one for the distance of each way to sample. Below, if there are
+    prompts, one for how well each way follows them."""
+    left_out = ("map error, ", "MMD")  # they are in the printed table
+    distances = [c for c in found.columns() if not c.startswith((*left_out, "prompt"))]
+    prompts = [c for c in found.columns() if c.startswith("prompt")]
+    return plots.below(*(plots.dots(found.summary(), columns) for columns in (distances, prompts) if columns))
 
 
 @program
