@@ -230,6 +230,12 @@ def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path
     # An untrained student is the teacher, and its one step is DDIM's one step.
     assert rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-3)
     assert rows[0]["W2"] < min(row["W2"] for row in rows[1:]) and len(samples) == 5
+    # And without fresh noise its two steps are DDIM's two, so that they have a map error; more steps than one have
+    # none otherwise.
+    rows = compare(Evaluation(teacher, "toy:moons", 64, eta=0.0), {"student": student}, [2], [8, 2], 0.0).rows
+    assert rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-2)
+    rows, _, text = compare(Evaluation(teacher, "toy:moons", 64, eta=0.5), {"student": student}, [2], [8, 2], 0.0)
+    assert "map error" not in rows[3] and "η = 0.5" in text
 
 
 def test_steps_that_no_sampler_can_take_are_refused_before_anything_is_sampled(tmp_path, monkeypatch):

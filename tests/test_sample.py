@@ -63,6 +63,21 @@ def test_a_grid_or_a_folder_of_the_same_pixels(model, tmp_path, call):
         assert (np.asarray(Image.open(folder / name)) == whole[top : top + 8, left : left + 8]).all()
 
 
+def test_eta_reaches_the_sampler(model, tmp_path, call):
+    """From the command line, for a picture and for a folder. A folder that was made otherwise is refused."""
+    made = {eta: to_pixels(sample.sample(model, [5], 2, "lcm", eta=eta))[0] for eta in (0.0, 1.0)}
+    assert (made[0.0] != made[1.0]).any()
+    flags = ["--scheduler", "lcm", "--seed", 5, "--num_images", 1]
+    for eta, given in ((1.0, []), (0.0, ["--eta", 0])):
+        folder, grid = tmp_path / f"folder-{eta}", tmp_path / "grid.png"
+        assert call(sample.main, model.name, *flags, *given, "--steps", 2, "--out", folder)[0] == 0
+        assert (np.asarray(Image.open(folder / "000005.png")) == made[eta]).all()
+        assert call(sample.main, model.name, *flags, *given, "--steps", 2, "--out", grid)[0] == 0
+        assert (np.asarray(Image.open(grid)) == made[eta]).all()
+    status, _, err = call(sample.main, model.name, *flags, "--steps", 2, "--out", folder)
+    assert status == 2 and "made with other flags" in one_line(err)
+
+
 def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
     made = []
     for rank in range(3):
@@ -89,6 +104,8 @@ def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
         (["--prompts", 1], "no classes"),
         (["--guidance_w", 1], "conditional teacher"),
         (["--guidance_w", 1, "--scheduler", "lcm"], "in its weights"),
+        (["--eta", 0.5], "--eta is for students"),
+        (["--eta", 1.5, "--scheduler", "lcm"], "from 0 to 1"),
         (["--num_images", 0], "positive"),
         (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),
         (["--out", tmp_path / "folder.png"], "folder.png must be the name of a file"),
