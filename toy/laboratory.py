@@ -36,6 +36,7 @@ from splam import multiple_estimation
 from teacher import DiffusionModel
 
 STEPS = [1, 2, 4]
+ETAS = [0.0, 0.5, 1.0]  # shares of fresh noise between them
 TRAINING = ("loss", "gradient norm")  # columns that a row has beside what was measured
 WORK = Path("runs/laboratory")  # teachers that are fitted here, and what an interrupted script has already measured
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ class Bench(Evaluation):
 def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
     """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data.
 
-    Both also without fresh noise between steps (η = 0), when a student of several steps is such a map too.
+    Both also with less fresh noise between steps, or none. Then a student of several steps is such a map too.
     """
     samples = {n: bench.sample(student, n) for n in STEPS}
     errors = bench.errors(samples[1])
@@ -117,14 +118,16 @@ def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
     for n, x in samples.items():
         values |= {f"{name}, {n_steps(n)}": value for name, value in bench.distances(x).items()}
     for n in STEPS[1:]:
-        values |= without_noise(bench, bench.sample(student, n, eta=0.0), f"{n_steps(n)}, η = 0")
+        for eta in ETAS[:-1]:
+            values |= less_noise(bench, bench.sample(student, n, eta=eta), n_steps(n), eta)
     return values
 
 
-def without_noise(bench: Bench, samples: Tensor, name: str) -> dict[str, float]:
-    """What there is to say of samples that the first noise alone has decided."""
-    values = {f"{measure}, {name}": value for measure, value in bench.distances(samples).items() if measure != "MMD"}
-    return values | {f"map error, {name}": bench.errors(samples).mean().item()}
+def less_noise(bench: Bench, samples: Tensor, name: str, eta: float) -> dict[str, float]:
+    """The distances of samples that were made with a share `eta` of fresh noise; and the map error, if there was none:
+    otherwise the first noise does not decide the sample, and there is no map."""
+    values = {f"{n}, {name}, η = {eta:g}": value for n, value in bench.distances(samples).items() if n != "MMD"}
+    return values if eta else values | {f"map error, {name}, η = 0": bench.errors(samples).mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
