@@ -73,8 +73,8 @@ PRESETS = {
     # k = 20 is a single solver step: no multiple estimation.
     "sd21-base": "--pretrained_teacher_model stabilityai/stable-diffusion-2-1-base"
     " --k 20 --guidance_w 8 --metric l2 --max_train_steps 80000" + PAPER,
-    # Ours: a sub-path costs two calls of the teacher instead of five, so that the same cost is half as many steps more;
-    # and half of the training is for γ = 1, where the student is used. toy/README.md has what each is worth.
+    # Ours. With k = 100 a sub-path takes two calls of the teacher instead of five, and is solved as well or better. And
+    # half of the training is for γ = 1, where the student is used. toy/README.md has what each is worth.
     "improved": "--k 100 --solver dpmsolver++ --solver_step 100 --gamma_conditioning time --gamma_at_one 0.5",
 }
 
@@ -92,7 +92,7 @@ def parser() -> training.Parser:
     teacher_help = "toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base"
     flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
     preset_help = "recipes printed below: the paper's, and ours; a later one, and flags, replace parts"
-    flag("--preset", nargs="+", default=[], choices=PRESETS, help=preset_help)
+    flag("--preset", nargs="+", action="extend", default=[], choices=PRESETS, help=preset_help)
     training.add_data_arguments(p)
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
@@ -139,12 +139,16 @@ def parser() -> training.Parser:
     return p
 
 
+def with_presets(typed: Sequence[str]) -> list[str]:
+    """What was typed, after the flags of the presets that are named in it."""
+    presets = parser().parse_known_args(typed)[0].preset
+    return [flag for preset in presets for flag in PRESETS[preset].split()] + list(typed)
+
+
 def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, DiffusionModel]:
     """The flags, read as the comment above RECIPES says, and the teacher, whose kind decides on the recipe."""
-    p, typed = parser(), list(sys.argv[1:] if arguments is None else arguments)
-    first, _ = p.parse_known_args(typed)  # a first look, for the presets
-    given = [flag for preset in first.preset for flag in PRESETS[preset].split()] + typed
-    first = p.parse_args(given)  # a second, for the teacher and what is needed to fit one
+    p, given = parser(), with_presets(sys.argv[1:] if arguments is None else arguments)
+    first = p.parse_args(given)  # a first look, for the teacher and what is needed to fit one
     check_flags(first)  # before a toy's teacher is fitted, or fitted anew
     name = first.pretrained_teacher_model
     # The default folder says what is distilled and how, so that different runs do not meet in one.
@@ -197,7 +201,8 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1, and where its lines are (the numbers are ours). Two defaults of this program are not the paper's: the
-# student is told a time instead of γ, and the learning rate and batch are for small models. A --preset has the paper's.
+# student is told a time instead of γ, and the learning rate and batch are for small models. --preset sd15 has the
+# paper's.
 #
 #     θ, θ⁻ <- the teacher's weights                                      Distillation.__init__
 #     repeat                                                              Distillation.steps

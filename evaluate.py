@@ -254,6 +254,10 @@ class Evaluation:
             self.update(data[part])
         return self.results()
 
+    def share_of_fresh_noise(self, model: DiffusionModel, steps: int) -> float:
+        """η. A teacher's DDIM and a single step add no noise, so they are as they always are."""
+        return self.eta if model.is_student and steps > 1 else 1.0
+
     def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
         """One sampler: some of its samples, as many as fit in 1 GiB, and its row of the table.
 
@@ -265,9 +269,10 @@ class Evaluation:
         parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         network = evaluations * network_seconds(model, size, self.mixed_precision) / size
         options = {"w": w, "prompts": self.prompts, "batch_size": size, "mixed_precision": self.mixed_precision}
-        options["eta"] = self.eta if model.is_student else 1.0
+        options["eta"] = self.share_of_fresh_noise(model, steps)
         if samples_dir:
-            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}"
+            share = "" if options["eta"] == 1 else f"-eta{self.eta:g}"
+            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}{share}"
             sample_to_folder(model, seeds, folder, steps, **options)
         timed = parts[0] if samples_dir else seeds
         batches, kept, seconds = sample_batches(model, timed, steps, **options), [], 0.0
@@ -324,8 +329,8 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
 
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
     the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one, or
-    if no fresh noise is added between its steps. A student that was distilled at another resolution shares no noise
-    with its teacher, and has none.
+    if no fresh noise is added between its steps (then a perfect student of several steps does not have 0: splam.py,
+    section 5). A student that was distilled at another resolution shares no noise with its teacher, and has none.
     "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
@@ -350,7 +355,8 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
             endpoint = x
         elif endpoint is not None and (model is teacher or n == 1 or not evaluation.eta) and x.shape == endpoint.shape:
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
-        samples[f"{name}, {n_steps(n)}"] = x
+        eta = evaluation.share_of_fresh_noise(model, n)
+        samples[f"{name}, {n_steps(n)}{'' if eta == 1 else f', η = {eta:g}'}"] = x
     count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
     count += f", η = {evaluation.eta:g}" if evaluation.eta != 1 else ""
     against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
@@ -414,6 +420,8 @@ def table(args: argparse.Namespace) -> None:
     # Of several students each is named by its folder, or the rows could not be told apart.
     device, alone = training.process().device, len(args.students) == 1
     students = {"student" if alone else name: load(name).to(device) for name in args.students}
+    several = max(args.steps) > 1 and any(student.is_student for student in students.values())
+    refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
     teacher = load(args.pretrained_teacher_model).to(device)
     k, times = trained_with.get("k", 100), len(teacher.schedule)
     refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")

@@ -156,6 +156,8 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it, up to the rounding of a batched product
+    if made.get("eta") == 1:  # the usual; solvers of the PF-ODE have no such number at all
+        del made["eta"]
     text = json.dumps(made, indent=2).encode()  # compared as bytes: an edited record may be no text at all
     other = record.is_file() and record.read_bytes() != text
     refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
@@ -314,14 +316,15 @@ def main() -> None:
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
     refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
     refuse("lcm" not in samplers and args.steps, "--steps is for students; a teacher takes --teacher_steps")
-    refuse("lcm" not in samplers and args.eta != 1, "--eta is for students: a teacher's steps add no noise")
+    several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
+    refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
         w, eta = (0.0, args.eta) if sampler == "lcm" else (args.guidance_w, 1.0)
         if out.suffix == ".png":
-            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 else "")
+            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 and n > 1 else "")
             row = f"{model.name}, {sampler}, {n_steps(n)}{words}"
             rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, **options)
         else:

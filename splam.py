@@ -522,11 +522,16 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # error is largest for this longest jump. So more steps go back part of the way: noise is added to x̂_0 until it has
 # as much as a less noisy time than the first, and the student jumps again from there, a shorter way.
 #
-# Which noise is added is a choice. In the paper it is fresh, so the new point lies on another trajectory: with more
-# than one step, the first noise alone does not decide the sample. It could also be the noise ε̂ that the step has found
-# in its input, x = α x̂_0 + σ ε̂. Then the way stays as near to one trajectory as the student knows it, and nothing is
-# random but the start: this is a DDIM step with the student's x̂_0. η mixes the two, as in DDIM (Song et al.): both
-# noises are standard normal and independent, so √(1-η²) ε̂ + η ε is standard normal too.
+# Which noise is added is a choice. In the paper it is fresh. Then x̂_0 and the noise are independent, as x_0 and ε are
+# in Eq. 1, and a perfect student's new points are distributed as they should be. But each lies on another trajectory:
+# with more than one step, the first noise alone does not decide the sample.
+#
+# It could also be the noise ε̂ that the step has found in its input, x = α x̂_0 + σ ε̂, and η mixes the two, as in DDIM.
+# With η = 0 nothing is random but the start. For the denoiser of a diffusion model (Eq. 8) this is a DDIM step. A
+# student's x̂_0 is something else, the end of the trajectory, which depends on the very noise that ε̂ is to stand for.
+# So even a perfect student leaves its trajectory, and its samples spread too far, the more the more steps there are.
+# (For data that are standard normal themselves, x̂_0 = x, and a step from 999 to 499 multiplies x by 1.32.) A student
+# that makes too blurred images may gain by it all the same: toy/README.md has measured when.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def writing(folder: Path) -> Iterator[None]:
 # last two count together with the number of processes, as the total batch size.
 FREE_FLAGS = """output_dir overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
 validation_steps num_eval_samples prompts dataloader_num_workers allow_pipe benchmark timed_steps
-train_batch_size gradient_accumulation_steps""".split()
+train_batch_size gradient_accumulation_steps preset""".split()
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from data import BadInput, ImageFiles, centre_square, load_images
 from evaluate import ClipScore, Evaluation, ImageFeatures, approximated_errors, compare, mmd, spread, wasserstein2
 from sample import to_pixels
 from teacher import ImageModel, load
+from teacher import save as save_model
 from toy import features
 from toy.mlp import PointMLP
 
@@ -420,6 +421,31 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     ):
         status, _, err = call(program.main, *arguments)
         assert status == 2 and words in one_line(err), err
+
+
+def test_eta_reaches_the_table(tmp_path, call):
+    """Without fresh noise a student of two steps has a map error. That of an untrained one is DDIM's."""
+    teacher, out = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False))), tmp_path / "student"
+    save_model(teacher.student(teacher.network.state_dict(), 50), out)
+    flags = [
+        "--pretrained_teacher_model",
+        tmp_path / "t",
+        "--data",
+        "toy:moons",
+        "--guidance_w",
+        0,
+        "--num_samples",
+        64,
+    ]
+    for eta, text in ((["--eta", 0], "η = 0"), ([], "features")):
+        status, printed, err = call(evaluate.main, "table", out, *flags, "--steps", 2, "--teacher_steps", 2, 8, *eta)
+        assert status == 0 and text in printed and ("η" in printed) == bool(eta), err
+        *_, ddim, student = json.loads((out / "evaluation.json").read_text())["rows"]
+        assert ("map error" in student) == bool(eta)
+        assert not eta or student["map error"] == pytest.approx(ddim["map error"], rel=1e-2)
+    for name, steps in ((out, 1), (tmp_path / "t", 2)):  # nothing here adds noise
+        status, _, err = call(evaluate.main, "table", name, *flags, "--steps", steps, "--eta", 0)
+        assert status == 2 and "--eta is for students of several steps" in one_line(err), err
 
 
 def test_the_results_of_a_hub_id_do_not_make_a_folder_of_its_name(tmp_path, call, monkeypatch):

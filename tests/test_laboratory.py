@@ -93,6 +93,8 @@ def test_two_steps_without_fresh_noise_are_two_steps_of_ddim():
     values = toy.laboratory.quality(place, student)
     assert values["W2, 2 steps"] == pytest.approx(place.distances(usual)["W2"], abs=1e-3)
     assert values["W2, 2 steps, η = 0"] == pytest.approx(place.distances(ddim)["W2"], abs=1e-3)
+    half = place.distances(sample(student, place.seeds, 2, eta=0.5))["W2"]
+    assert values["W2, 2 steps, η = 0.5"] == pytest.approx(half, abs=1e-6) != values["W2, 2 steps"]
     error = (ddim - place.endpoint).norm(dim=1).mean().item()
     assert values["map error, 2 steps, η = 0"] == pytest.approx(error, abs=1e-3)
 

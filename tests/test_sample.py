@@ -1,5 +1,6 @@
 """Samplers: a seed per image, and diffusers' own loops as oracles."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,12 @@ def test_eta_reaches_the_sampler(model, tmp_path, call):
         assert (np.asarray(Image.open(grid)) == made[eta]).all()
     status, _, err = call(sample.main, model.name, *flags, "--steps", 2, "--out", folder)
     assert status == 2 and "made with other flags" in one_line(err)
+    # What adds no noise has no η in its record.
+    assert call(sample.main, model.name, "--num_images", 1, "--teacher_steps", 2, "--out", tmp_path / "ddim")[0] == 0
+    records = [
+        json.loads((tmp_path / name / "samples.json").read_text()) for name in ("ddim", "folder-1.0", "folder-0.0")
+    ]
+    assert [record.get("eta") for record in records] == [None, None, 0.0]
 
 
 def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
@@ -105,6 +112,7 @@ def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
         (["--guidance_w", 1], "conditional teacher"),
         (["--guidance_w", 1, "--scheduler", "lcm"], "in its weights"),
         (["--eta", 0.5], "--eta is for students"),
+        (["--eta", 0.5, "--scheduler", "lcm", "--steps", 1], "--eta is for students of several steps"),
         (["--eta", 1.5, "--scheduler", "lcm"], "from 0 to 1"),
         (["--num_images", 0], "positive"),
         (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),

@@ -960,6 +960,15 @@ def test_found_and_fresh_noise_add_up_to_standard_normal_noise():
         assert shares[0] == pytest.approx(math.sqrt(1 - eta**2) / SD.sigma[999].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("eta, spread", [(1.0, 1.0), (0.5, 1.29), (0.0, 1.32)])
+def test_a_perfect_student_samples_rightly_with_fresh_noise_only(eta, spread):
+    """Data that are standard normal: the PF-ODE moves nothing, so that a perfect student returns x. With found noise,
+    which is not independent of x̂_0, samples spread too far."""
+    noise, fresh = torch.randn(2, 100_000, 1, generator=seeded(0))
+    *_, x = splam.few_step_sample(lambda x, t: x, SD, noise, [999, 499], lambda: fresh, eta)
+    assert x.std() == pytest.approx(spread, rel=0.01)
+
+
 def test_the_condition_reaches_every_step():
     def student(x, t, *, label):
         return torch.full_like(x, label)

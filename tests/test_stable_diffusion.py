@@ -20,7 +20,7 @@ import sample
 from data import BadInput, load_images
 from sample import picture, to_pixels
 from teacher import StableDiffusion, load
-from toy import tiny_sd
+from toy import tab3_sl_vs_dl, tiny_sd
 from toy.tiny_sd import CLIP, LENGTH, TEMPLATES, WIDTH, caption, make_tokenizer
 
 WORDS = ["cat", "ship", "airplane"]
@@ -332,6 +332,37 @@ def test_a_preset_is_the_papers_recipe_and_flags_replace_its_parts(folder, capti
     }
     status, text, _ = call(distill.main, "--help")
     assert status == 0 and "--k 100 --guidance_w 3 --metric huber" in text
+
+
+def test_the_laboratory_measures_against_images_and_by_prompts(folder, captions, images, tmp_path, call, monkeypatch):
+    """Trained on pairs, measured against images of classes; each sample is shown with the text that made it."""
+    seen = []
+
+    class Recorder:
+        name = "recorder"
+
+        def update(self, samples, texts):
+            seen.append(list(texts))
+
+        def result(self):
+            return {"FD": float(len(seen)), "prompt accuracy": 0.5}
+
+    references = []
+    monkeypatch.setattr(
+        evaluate, "measures_for", lambda model, reference, *_: references.append(reference) or [Recorder()]
+    )
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    command = ["--pretrained_teacher_model", folder(), "--data", captions, "--reference_data", images]
+    command += ["--mixed_precision", "no", "--dataloader_num_workers", 0, "--guidance_w", 1, "--quick"]
+    status, _, err = call(tab3_sl_vs_dl.main, *command, "--only", "LCM, k = 20")
+    torch.set_num_threads(threads)
+    assert status == 0, err
+    assert [len(reference) for reference in references] == [len(load_images(str(images)).samples)]
+    prompts = [StableDiffusion.default_prompts[i % 10] for i in range(64)]
+    assert seen.count(prompts) == len([texts for texts in seen if texts]) == 2 * 7 + 1  # two students, and the teacher
+    rows = json.loads((tmp_path / "runs/laboratory/quick/tab3_sl_vs_dl.json").read_text())["rows"]["LCM, k = 20"]
+    assert {"prompt accuracy, 1 step", "prompt accuracy, 4 steps, η = 0", "FD, 2 steps, η = 0.5"} <= rows[0].keys()
 
 
 def test_a_stable_diffusion_is_made_from_images_by_class(images, tmp_path, call):

@@ -145,6 +145,9 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(flags, 
     assert status == 2 and "k was 100 and is 200" in one_line(err)
     status, _, err = call(distill.main, *again, tmp_path / "teacher")
     assert status == 2 and "not a checkpoint" in one_line(err)
+    # A preset counts by the flags that it stands for.
+    status, _, err = call(distill.main, *again, "latest", "--preset", "improved")
+    assert status == 2 and "solver was ddim" in err and "preset" not in one_line(err)
     status, _, err = call(distill.main, *flags, "--output_dir", out, "--seed", 1)
     assert status == 2 and "holds checkpoint-6 of an earlier run" in one_line(err)
     assert "--resume_from_checkpoint latest" in err and "--overwrite" in err  # both ways out

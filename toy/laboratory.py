@@ -125,7 +125,8 @@ def quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
 
 def less_noise(bench: Bench, samples: Tensor, name: str, eta: float) -> dict[str, float]:
     """The distances of samples that were made with a share `eta` of fresh noise; and the map error, if there was none:
-    otherwise the first noise does not decide the sample, and there is no map."""
+    otherwise the first noise does not decide the sample, and there is no map. (A perfect student has a map error in
+    several steps too: splam.py, section 5.)"""
     values = {f"{n}, {name}, η = {eta:g}": value for n, value in bench.distances(samples).items() if n != "MMD"}
     return values if eta else values | {f"map error, {name}, η = 0": bench.errors(samples).mean().item()}
 
@@ -330,7 +331,7 @@ class Laboratory:
         """A student that is measured `at` these parts of its training, whose length the budget decides."""
         args = self.args
         flags = [*self.flags, *variant.flags.split(), "--seed", str(seed)]
-        parsed = distill.parser().parse_args(flags)
+        parsed = distill.parser().parse_args(distill.with_presets(flags))
         steps = parsed.max_train_steps or max(1, args.budget // distill.forward_passes(parsed))
         flags += ["--max_train_steps", str(steps)]
         data, fitted = parsed.pretrained_teacher_model, []

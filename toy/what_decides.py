@@ -108,7 +108,7 @@ def two_steps(bench: Bench, student: DiffusionModel, second: int, eta: float) ->
             cond = student.condition(labels.to(student.device))
             times = (len(student.schedule) - 1, second)
             *_, x0 = few_step_sample(function, student.schedule, noise(), times, noise, eta, **cond)
-            samples.append(student.decode(x0).cpu())
+        samples.append(student.decode(x0).cpu())
     return torch.cat(samples)
 
 
