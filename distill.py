@@ -91,8 +91,7 @@ def parser() -> training.Parser:
     flag = p.add_argument_group("what to distil").add_argument
     teacher_help = "toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base"
     flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
-    preset_help = "recipes printed below: the paper's, and ours; a later one, and flags, replace parts"
-    flag("--preset", nargs="+", action="extend", default=[], choices=PRESETS, help=preset_help)
+    flag("--preset", nargs="+", action="extend", default=[], choices=PRESETS, help="recipes below; flags replace parts")
     training.add_data_arguments(p)
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")

@@ -35,12 +35,13 @@ VARIANTS |= {name: Variant(f"--k 100 {flags}") for name, flags in OPTIONS.items(
 
 
 def picture(found: Findings) -> Image.Image:
-    """A panel for the map error of one step, and one for the distance of each way to sample. Below, if there are
-    prompts, one for how well each way follows them."""
-    left_out = ("map error, ", "MMD")  # they are in the printed table
-    distances = [c for c in found.columns() if not c.startswith((*left_out, "prompt"))]
-    prompts = [c for c in found.columns() if c.startswith("prompt")]
-    return plots.below(*(plots.dots(found.summary(), columns) for columns in (distances, prompts) if columns))
+    """A panel for the map error, and one for each number of sampling steps. Below, if there are prompts, how often they
+    were understood in as many."""
+    # What is left out is in the printed table.
+    columns = [c for c in found.columns() if not c.startswith(("map error, ", "MMD")) and "η" not in c]
+    prompts = [c for c in columns if c.startswith("prompt")]
+    rows = [[c for c in columns if c not in prompts], prompts]
+    return plots.below(*(plots.dots(found.summary(), row) for row in rows if row))
 
 
 @program
