@@ -278,8 +278,9 @@ def add_arguments(parser: training.Parser) -> None:
 
 def add_eta(parser: training.Parser) -> None:
     """The flag of programs in which students take several steps."""
-    help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
-    parser.add_argument("--eta", type=training.mixture, default=1.0, help=help)
+    # The paper's 1 is the default, and what a perfect student needs; splam.py, section 5, has the reason.
+    eta_help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
+    parser.add_argument("--eta", type=training.mixture, default=1.0, help=eta_help)
 
 
 def parser() -> training.Parser:
@@ -322,6 +323,7 @@ def main() -> None:
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
+        # A student has its guidance in its weights, and a teacher's solvers add no noise between their steps.
         w, eta = (0.0, args.eta) if sampler == "lcm" else (args.guidance_w, 1.0)
         if out.suffix == ".png":
             words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 and n > 1 else "")
