@@ -529,9 +529,9 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # It could also be the noise ε̂ that the step has found in its input, x = α x̂_0 + σ ε̂, and η mixes the two, as in DDIM.
 # With η = 0 nothing is random but the start. For the denoiser of a diffusion model (Eq. 8) this is a DDIM step. A
 # student's x̂_0 is something else, the end of the trajectory, which depends on the very noise that ε̂ is to stand for.
-# So even a perfect student leaves its trajectory, and its samples spread too far, the more the more steps there are.
-# (For data that are standard normal themselves, x̂_0 = x, and a step from 999 to 499 multiplies x by 1.32.) A student
-# that makes too blurred images may gain by it all the same: toy/README.md has measured when.
+# So even a perfect student leaves its trajectory, and its samples spread too far, further with each step. (For data
+# that are standard normal themselves, x̂_0 = x, and on Stable Diffusion's schedule a step from 999 to 499 multiplies x
+# by 1.32.) A student that makes too blurred images may gain by it all the same: toy/README.md has measured when.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
