@@ -73,8 +73,8 @@ PRESETS = {
     # k = 20 is a single solver step: no multiple estimation.
     "sd21-base": "--pretrained_teacher_model stabilityai/stable-diffusion-2-1-base"
     " --k 20 --guidance_w 8 --metric l2 --max_train_steps 80000" + PAPER,
-    # Ours. With k = 100 a sub-path takes two calls of the teacher instead of five, and is solved as well or better. And
-    # half of the training is for γ = 1, where the student is used. toy/README.md has what each is worth.
+    # Ours. A sub-path of k = 100 takes two calls of the teacher instead of five, and most are solved as well or better.
+    # Half of the training is for γ = 1, where the student is used. toy/README.md has what each is worth.
     "improved": "--k 100 --solver dpmsolver++ --solver_step 100 --gamma_conditioning time --gamma_at_one 0.5",
 }
 

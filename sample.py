@@ -280,7 +280,7 @@ def add_eta(parser: training.Parser) -> None:
     """The flag of programs in which students take several steps."""
     # The paper's 1 is the default, and what a perfect student needs; splam.py, section 5, has the reason.
     eta_help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
-    parser.add_argument("--eta", type=training.mixture, default=1.0, help=eta_help)
+    parser.add_argument("--eta", type=training.fraction, default=1.0, help=eta_help)
 
 
 def parser() -> training.Parser:
@@ -323,10 +323,12 @@ def main() -> None:
     number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
-        # A student has its guidance in its weights, and a teacher's solvers add no noise between their steps.
-        w, eta = (0.0, args.eta) if sampler == "lcm" else (args.guidance_w, 1.0)
+        # A student has its guidance in its weights. A teacher's solver adds no noise between its steps, and a single
+        # step has nothing between.
+        w = 0.0 if sampler == "lcm" else args.guidance_w
+        eta = args.eta if sampler == "lcm" and n > 1 else 1.0
         if out.suffix == ".png":
-            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 and n > 1 else "")
+            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 else "")
             row = f"{model.name}, {sampler}, {n_steps(n)}{words}"
             rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, **options)
         else:

@@ -96,7 +96,7 @@ two_or_more = number(int, lambda n: n >= 2, "2 or more, for their spread")
 amount = number(float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")  # float32 ends at 3e38
 seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")  # what numpy's generator takes
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
-mixture = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+fraction = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 finite = number(float, lambda x: abs(x) <= 1e30, "a number of at most 1e30")
 
 
@@ -223,11 +223,12 @@ def writing(folder: Path) -> Iterator[None]:
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Flags that may differ between a checkpoint and the run that resumes it: they change nothing of what is computed. The
-# last two count together with the number of processes, as the total batch size.
-FREE_FLAGS = """output_dir overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
+# Flags that may differ between a checkpoint and the run that resumes it: they change nothing of what is computed. A
+# preset counts by the flags that it stands for. The last two count together with the number of processes, as the total
+# batch size.
+FREE_FLAGS = """preset output_dir overwrite resume_from_checkpoint checkpointing_steps checkpoints_total_limit report_to
 validation_steps num_eval_samples prompts dataloader_num_workers allow_pipe benchmark timed_steps
-train_batch_size gradient_accumulation_steps preset""".split()
+train_batch_size gradient_accumulation_steps""".split()
 
 
 def checkpoints(folder: Path) -> list[Path]:
