@@ -186,10 +186,10 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 
 def preview(model: DiffusionModel) -> tuple[int, int]:
-    """How many samples a picture of the model shows, and in how many columns: one for each of its default prompts. Of
-    points it shows thousands, since only many together show a distribution."""
+    """How many samples a picture of the model shows, and how many of them in a row: one for each of its default prompts.
+    Of points it shows thousands, all in one panel, since only many together show a distribution."""
     if len(model.shape) == 1:
-        return 4096, 1
+        return 4096, 4096
     n = len(model.default_prompts)
     return (n, n) if n else (64, 8)
 
@@ -292,7 +292,11 @@ def parser() -> training.Parser:
     p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
     p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
     add_eta(p)
-    p.add_argument("--num_images", type=training.positive, help="default: 64, or one row in a picture of several rows")
+    p.add_argument(
+        "--num_images",
+        type=training.positive,
+        help="default: 64, or one row in a picture of several rows; of points 4096",
+    )
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
     return p
@@ -320,7 +324,8 @@ def main() -> None:
     several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
     refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
-    number = args.num_images or (64 if len(plan) == 1 else preview(plan[0][0])[1])
+    row = preview(plan[0][0])[1]
+    number = args.num_images or (row if len(plan) > 1 else max(64, row))
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
         # A student has its guidance in its weights. A teacher's solver adds no noise between its steps, and a single

@@ -14,6 +14,8 @@ import sample
 import training
 from sample import to_pixels
 from teacher import load
+from toy import plots
+from toy.mlp import PointMLP
 
 
 @pytest.fixture
@@ -83,6 +85,15 @@ def test_eta_reaches_the_sampler(model, tmp_path, call):
         json.loads((tmp_path / name / "samples.json").read_text()) for name in ("ddim", "folder-1.0", "folder-0.0")
     ]
     assert [record.get("eta") for record in records] == [None, None, 0.0]
+
+
+@pytest.mark.parametrize("steps", [[2], [1, 2]])
+def test_points_are_drawn_by_the_thousand(tmp_path, call, monkeypatch, steps):
+    """In a picture of one panel and of several: a distribution cannot be seen in a few points."""
+    name, drawn = save(tmp_path / "points", PointMLP(width=16)), []
+    monkeypatch.setattr(plots, "_scatter", lambda axis, points, title: drawn.append(len(points)))
+    status, _, err = call(sample.main, name, "--teacher_steps", *steps, "--out", tmp_path / "x.png")
+    assert status == 0 and drawn == [4096] * len(steps), err
 
 
 def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """All plotting of the 2-D laboratory. Each function returns a PIL image."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ def _rendered(figure: plt.Figure) -> Image.Image:
 def _scatter(axis: plt.Axes, points: Tensor, title: str) -> None:
     """All panels of points show the same square, so that they can be compared."""
     axis.scatter(*points.T, s=1.5, alpha=0.5, linewidths=0, color="tab:blue")
+    title = textwrap.fill(title, 32)  # what is longer would reach into the next panel
     axis.set(title=title, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
 
 
