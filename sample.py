@@ -186,8 +186,8 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 
 def preview(model: DiffusionModel) -> tuple[int, int]:
-    """How many samples a picture of the model shows, and how many of them in a row: one for each of its default prompts.
-    Of points it shows thousands, all in one panel, since only many together show a distribution."""
+    """How many samples a picture of the model shows, and how many of them in a row: one for each of its default
+    prompts. Of points it shows thousands, all in one panel, since only many together show a distribution."""
     if len(model.shape) == 1:
         return 4096, 4096
     n = len(model.default_prompts)
