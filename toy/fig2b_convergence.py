@@ -9,8 +9,9 @@ five.
 from PIL import Image
 
 from data import program
+from sample import n_steps
 from toy import plots
-from toy.laboratory import Findings, Laboratory, Variant
+from toy.laboratory import STEPS, Findings, Laboratory, Variant
 
 STUDENTS = {
     "LCM, k = 20": Variant("--ode lcm --k 20"),
@@ -19,17 +20,23 @@ STUDENTS = {
     "SPLAM + ME, k = 100": Variant("--k 100 --gamma_conditioning embedding"),
     "SPLAM + ME, t', k = 100": Variant("--k 100"),
 }
-VARIANTS = STUDENTS | {"SPLAM + ME, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4")}
+VARIANTS = STUDENTS | {
+    "SPLAM, t', k = 20": Variant("--k 20"),
+    "SPLAM + ME, t', k = 100, 4 γ": Variant("--k 100 --gamma_draws 4"),
+    "SPLAM + ME, t', k = 100, half of γ at 1": Variant("--k 100 --gamma_at_one 0.5"),
+}
 PARTS = [2.0**-i for i in range(7)]  # of the training, after which students are measured
 
 
 def picture(found: Findings) -> Image.Image:
-    """The map error by steps and by cost, and the distance to the data by cost."""
+    """The map error by steps and by cost; below it the distance to the data by cost, for each number of steps."""
     error, _, distance, *_ = found.columns()
     by_cost = "network evaluations, in batches"
-    panels = [plots.Panel(error, "training steps", "", found.curves(error, "step"), "log")]
-    panels += [plots.Panel(c, by_cost, "", found.curves(c, "evaluations"), "log") for c in (error, distance)]
-    return plots.curves(*panels)
+    distances = [f"{distance.partition(',')[0]}, {n_steps(n)}" for n in STEPS]
+    above = [plots.Panel(error, "training steps", "", found.curves(error, "step"), "log")]
+    above.append(plots.Panel(error, by_cost, "", found.curves(error, "evaluations"), "log"))
+    below = [plots.Panel(c, by_cost, "", found.curves(c, "evaluations"), "log") for c in distances]
+    return plots.below(plots.curves(*above), plots.curves(*below))
 
 
 @program
