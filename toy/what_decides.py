@@ -83,7 +83,6 @@ SETTINGS = {
         "DDIM x 5": (Variant(), BEST),
         "DDIM x 2": (Variant("--solver_step 50"), BEST),
         "2S x 1": (Variant(SECOND_ORDER), BEST),
-        "2S x 1, k = 60": (Variant("--k 60 --solver dpmsolver++ --solver_step 60"), BEST),
         "2S x 1, k = 200": (Variant("--k 200 --solver dpmsolver++ --solver_step 200"), BEST),
     },
     # All below with the second-order solver.
