@@ -36,10 +36,10 @@ from teacher import DiffusionModel, load
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
 #
-# A measure is an object with three members. `update(samples, texts)` takes in a batch, so that sets of any size can be
-# measured: points (B, 2), or uint8 images (B, 3, H, W) and the prompts that they were made from. `result()` returns the
-# measured numbers by column of the table, and forgets what was taken in, so that the next set can begin. `name` is what
-# is said below the table.
+# A measure is an object with three members. `update(samples, prompts)` takes in a batch, so that sets of any size can
+# be measured: points (B, 2), or uint8 images (B, 3, H, W); and what they were made from, texts or numbers of classes.
+# `result()` returns the measured numbers by column of the table, and forgets what was taken in, so that the next set
+# can begin. `name` is what is said below the table.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +84,7 @@ class PointDistances:
     def __init__(self, reference: Tensor):
         self.reference, self.batches = reference, []
 
-    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
+    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
         self.batches.append(samples)
 
     def result(self) -> dict[str, float]:
@@ -96,7 +96,7 @@ class PointDistances:
 
 class ImageFeatures:
     """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
-    and how often it sees the class that the prompt names, if it is a classifier that has names.
+    and, if it is a classifier, how often it sees the class that the prompt names, or is.
 
     The network is torch-fidelity's Inception, and the distance then FID; or it is a classifier of toy/features.py,
     which maps images to features (B, D) and logits, and the distance is called FD.
@@ -129,17 +129,22 @@ class ImageFeatures:
         self.reference, self.features = fid_features_to_statistics(torch.cat(self.features)), []
 
     @torch.no_grad()
-    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
-        """Takes in images and, if they have any, their prompts. A prompt that names no class, or two, is not
-        counted: it has no right answer, or more than one."""
+    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
+        """Takes in images and, if they have any, their prompts: texts, or numbers of classes, which teacher.py and
+        toy.features both count by the names' alphabet. A text that names no class, or two, is not counted: it has no
+        right answer, or more than one."""
         for i in range(0, len(samples), 250):  # by its own size: the sampler's batches may be much larger
             features, *logits = self.network(samples[i : i + 250].to(self.device))
             self.features.append(features.float().cpu())
-            for text, row in zip(texts[i : i + 250], logits[0] if self.classes else (), strict=False):
-                # Whole words: "credit" does not name "red".
-                named = [name for name in self.classes if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
+            for prompt, row in zip(prompts[i : i + 250], logits[0] if self.classes else (), strict=False):
+                named = [prompt] if isinstance(prompt, int) else self.classes_in(prompt)
                 if len(named) == 1:
-                    self.right.append(named[0] == self.classes[row.argmax()])
+                    self.right.append(named[0] == row.argmax().item())
+
+    def classes_in(self, text: str) -> list[int]:
+        """Which classes a text names, in whole words: "credit" does not name "red"."""
+        names = enumerate(self.classes)
+        return [i for i, name in names if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
 
     def result(self) -> dict[str, float]:
         """|μ_a - μ_b|² + tr(A + B - 2 √(A B)) of the two sets' means and covariances, in features squared."""
@@ -172,12 +177,12 @@ class ClipScore:
         self.model.eval()
 
     @torch.no_grad()
-    def update(self, samples: Tensor, texts: Sequence[str]) -> None:
-        """Takes in uint8 images (B, 3, H, W) and their prompts."""
-        for i in range(0, len(texts), 50):  # few at a time: CLIP's networks are larger than Inception
+    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
+        """Takes in uint8 images (B, 3, H, W) and their prompts, which are texts."""
+        for i in range(0, len(prompts), 50):  # few at a time: CLIP's networks are larger than Inception
             images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in samples[i : i + 50])
             image = self.model.encode_image(torch.stack([self.preprocess(x) for x in images]).to(self.device))
-            text = self.model.encode_text(self.tokenize(texts[i : i + 50]).to(self.device))
+            text = self.model.encode_text(self.tokenize(prompts[i : i + 50]).to(self.device))
             self.cosines.append(torch.cosine_similarity(image, text).cpu())
 
     def result(self) -> dict[str, float]:
@@ -226,11 +231,14 @@ class Evaluation:
         self.seeds = range(self.seed, self.seed + self.num_samples)
         self.resolution = self.resolution or self.model.resolution
         self.batch_size = min(self.batch_size or self.model.batch_size, self.num_samples)
-        self.texts = list(self.prompts) or list(self.model.default_prompts)
+        # What samples are asked to show, in turn, as sample.py asks for it: texts, or numbers of classes.
+        self.asked = list(self.prompts) or list(self.model.default_prompts)
+        if self.model.null_label is not None:
+            self.asked = self.model.labels(self.prompts).tolist()
         self.reference = reference_set(self.data, self.split, self.resolution)
         self.measures = measures_for(self.model, self.reference, self.features, self.clip_model)
 
-    def update(self, samples: Tensor, texts: Sequence[str] = ()) -> None:
+    def update(self, samples: Tensor, prompts: Sequence[str | int] = ()) -> None:
         """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8
         images)."""
         # Samples are rounded to 8 bits first, as files are. Otherwise the features' network would see a difference
@@ -239,7 +247,7 @@ class Evaluation:
             pixels = to_pixels(samples)
             samples = torch.stack([centre_square(Image.fromarray(x), self.resolution) for x in pixels])
         for measure in self.measures:
-            measure.update(samples, texts)
+            measure.update(samples, prompts)
 
     def results(self) -> dict[str, float]:
         """All measures of what they were shown since the last call."""
@@ -283,7 +291,7 @@ class Evaluation:
             seconds += default_timer() - begin
             if samples_dir:
                 x = torch.stack([read_png(folder, seed) for seed in part])
-            self.update(x, [self.texts[s % len(self.texts)] for s in part if self.texts])
+            self.update(x, [self.asked[s % len(self.asked)] for s in part if self.asked])
             if not kept or (len(kept) + 1) * x.numel() <= 2**28:  # in float32, 2**28 numbers are 1 GiB
                 kept.append(x)
         times = {"ms/sample": 1000 * seconds / len(timed), "network": 1000 * network}

@@ -101,6 +101,28 @@ def test_prompt_accuracy_counts_prompts_that_name_one_class(means):
     assert "prompt accuracy" not in measure.result()
 
 
+def test_of_a_model_with_classes_those_are_looked_for_that_it_was_asked_for(means, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "network_seconds", lambda *_: 0.0)
+    model, drawn, asked = load(str(save(tmp_path / "model", unet(classes=3)))), [], []
+    network = model.network.forward
+    model.network.forward = lambda x, t, class_labels: (
+        drawn.extend(class_labels.tolist()) or network(x, t, class_labels)
+    )
+    for prompts in ([], ["2", "0"]):
+        evaluation = Evaluation(model, str(images), 5, features=str(means), prompts=prompts, batch_size=2)
+        monkeypatch.setattr(evaluation.measures[0], "update", lambda x, prompts: asked.extend(prompts))
+        monkeypatch.setattr(evaluation.measures[0], "result", dict)
+        evaluation.sampler(model, 1, 0.0, None)
+    assert asked == drawn == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2]
+
+    red, blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    red[0], blue[2] = 200, 200
+    measure = ImageFeatures(str(means), torch.stack([red, blue]), CPU)
+    numbers = [measure.classes.index(name) for name in ("red", "blue", "blue")]
+    measure.update(torch.stack([red, red, blue]), numbers)
+    assert measure.result()["prompt accuracy"] == 2 / 3
+
+
 def test_clip_score_is_the_mean_cosine_of_image_and_prompt(clip):
     images = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.Generator().manual_seed(0)).byte()
     texts = ["a cat", "a dog on a boat", "nothing"]
@@ -262,9 +284,9 @@ def counting(monkeypatch):
     class Counting:
         name, values, texts = "the mean", (), ""
 
-        def update(self, samples, texts):
+        def update(self, samples, prompts):
             self.values = *self.values, *samples.float().mean((1, 2, 3)).tolist()
-            self.texts += "".join(texts)
+            self.texts += "".join(prompts)
 
         def result(self):
             values, texts, self.values, self.texts = self.values, self.texts, (), ""
@@ -333,7 +355,7 @@ def test_all_images_are_brought_to_the_resolution_by_lanczos_and_the_broken_are_
     x0, shown = torch.from_numpy(pixels[:, 8:32].copy()).permute(2, 0, 1)[None] / 127.5 - 1, []
 
     class Seen:
-        def update(self, samples, texts):
+        def update(self, samples, prompts):
             shown.append(samples)
 
     monkeypatch.setattr(evaluate, "measures_for", lambda *_: [Seen()])

@@ -341,8 +341,8 @@ def test_the_laboratory_measures_against_images_and_by_prompts(folder, captions,
     class Recorder:
         name = "recorder"
 
-        def update(self, samples, texts):
-            seen.append(list(texts))
+        def update(self, samples, prompts):
+            seen.append(list(prompts))
 
         def result(self):
             return {"FD": float(len(seen)), "prompt accuracy": 0.5}

@@ -99,7 +99,7 @@ class Bench(Evaluation):
     def distances(self, samples: Tensor) -> dict[str, float]:
         """From the samples to the data: W2 and MMD of points, the Fréchet distance of images, and how many of them show
         what their prompts name."""
-        self.update(samples, [self.texts[seed % len(self.texts)] for seed in self.seeds if self.texts])
+        self.update(samples, [self.asked[seed % len(self.asked)] for seed in self.seeds if self.asked])
         return self.results()
 
     def errors(self, samples: Tensor) -> Tensor:
