@@ -96,6 +96,20 @@ def test_points_are_drawn_by_the_thousand(tmp_path, call, monkeypatch, steps):
     assert status == 0 and drawn == [4096] * len(steps), err
 
 
+@pytest.mark.parametrize(("classes", "columns"), [(None, 8), (3, 3), (40, 8)])
+def test_a_row_of_a_picture_shows_each_class_once(tmp_path, call, monkeypatch, classes, columns):
+    shown = []
+    monkeypatch.setattr(sample, "overview", lambda model, rows: shown.append(rows) or Image.new("RGB", (1, 1)))
+    model = save(tmp_path / "m", unet(classes))
+    flags = ["--teacher_steps", 1, 2, "--out", tmp_path / "x.png"]
+    status, _, err = call(sample.main, model, *flags)
+    assert status == 0, err
+    assert [len(x) for x in shown[0].values()] == [columns, columns]
+    # And all of a teacher's grid are whole rows of them.
+    number, row = sample.preview(load(str(model)))
+    assert row == columns and number % row == 0 and 60 <= number <= 64
+
+
 def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
     made = []
     for rank in range(3):
