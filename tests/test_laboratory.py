@@ -24,6 +24,7 @@ from toy import (
     fig2b_convergence,
     fig2c_error,
     fig3_guidance,
+    symptoms,
     tab3_sl_vs_dl,
     what_decides,
 )
@@ -136,6 +137,14 @@ def test_numbers_repeat_and_an_interrupted_script_goes_on(call, monkeypatch):
 )
 def test_some_of_the_students_make_a_picture_too(script, question, only, call):
     assert list(quick(call, script, *question, "--only", only)["rows"]) == [only]
+
+
+def test_the_wrong_teacher_is_made_only_for_the_student_that_needs_it(call):
+    """It is trained in this process, in which accelerate allows one precision only: that of images is another."""
+    for only in ("healthy", symptoms.WRONG):
+        assert not symptoms.WRONG_TYPE.exists()
+        assert list(quick(call, symptoms, "--only", only)["rows"]) == [only]
+    assert load(str(symptoms.WRONG_TYPE)).prediction_type == "epsilon"
 
 
 def test_gamma_is_drawn_and_embedded_as_said():
