@@ -202,7 +202,10 @@ def measures_for(model: DiffusionModel, reference: Sequence, features: str, clip
     if len(model.shape) == 1:
         return [PointDistances(reference)]
     clip = [ClipScore(clip_model, model.device)] if clip_model else []
-    return [ImageFeatures(features, reference, model.device), *clip]
+    seen = ImageFeatures(features, reference, model.device)
+    if model.null_label not in (None, len(seen.classes)):
+        seen.classes = []  # the classifier was trained on other classes, and cannot say what the model was asked for
+    return [seen, *clip]
 
 
 def spread(length: int, n: int) -> Tensor:
@@ -348,6 +351,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     for name, model, n, _ in plan:  # all are checked before the first takes its time
         sample.check_steps(model, n)
         refuse(model.kind != teacher.kind, f"{name} makes {model.kind}, and its teacher {teacher.kind}")
+        refuse(model.null_label != teacher.null_label, f"{name} and its teacher know different numbers of classes")
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
     shown = reference[order[: preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}

@@ -187,14 +187,14 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 def preview(model: DiffusionModel) -> tuple[int, int]:
     """How many samples a picture of the model shows, and how many of them in a row: one for each of its default
-    prompts, or of its classes. Of points it shows thousands, all in one panel, since only many together show a
-    distribution."""
+    prompts, or of its classes (of few classes several). Of points it shows thousands, all in one panel, since only many
+    together show a distribution."""
     if len(model.shape) == 1:
         return 4096, 4096
     if model.default_prompts:
         return len(model.default_prompts), len(model.default_prompts)
-    columns = model.null_label or 8
-    columns = columns if columns <= 16 else 8  # a thousand classes have no room
+    classes = model.null_label or 8
+    columns = classes * max(1, 8 // classes) if classes <= 16 else 8  # a thousand classes have no room
     return 64 // columns * columns, columns
 
 

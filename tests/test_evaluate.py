@@ -115,6 +115,14 @@ def test_of_a_model_with_classes_those_are_looked_for_that_it_was_asked_for(mean
         evaluation.sampler(model, 1, 0.0, None)
     assert asked == drawn == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2]
 
+    # A classifier of other classes cannot say it, nor is an unlabelled model asked for any.
+    other = load(str(save(tmp_path / "other", unet(classes=4))))
+    measure = Evaluation(other, str(images), 5, features=str(means)).measures[0]
+    measure.update(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [0, 1, 2, 3])
+    assert "prompt accuracy" not in measure.result()
+    with pytest.raises(BadInput, match="different numbers of classes"):
+        compare(Evaluation(model, str(images), 5, features=str(means)), {"other": other}, [1], [1], 0.0)
+
     red, blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     red[0], blue[2] = 200, 200
     measure = ImageFeatures(str(means), torch.stack([red, blue]), CPU)

@@ -96,8 +96,8 @@ def test_points_are_drawn_by_the_thousand(tmp_path, call, monkeypatch, steps):
     assert status == 0 and drawn == [4096] * len(steps), err
 
 
-@pytest.mark.parametrize(("classes", "columns"), [(None, 8), (3, 3), (40, 8)])
-def test_a_row_of_a_picture_shows_each_class_once(tmp_path, call, monkeypatch, classes, columns):
+@pytest.mark.parametrize(("classes", "columns"), [(None, 8), (3, 6), (10, 10), (40, 8)])
+def test_a_row_of_a_picture_shows_all_classes_equally_often(tmp_path, call, monkeypatch, classes, columns):
     shown = []
     monkeypatch.setattr(sample, "overview", lambda model, rows: shown.append(rows) or Image.new("RGB", (1, 1)))
     model = save(tmp_path / "m", unet(classes))
