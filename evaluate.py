@@ -96,7 +96,7 @@ class PointDistances:
 
 class ImageFeatures:
     """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
-    and, if it is a classifier, how often it sees the class that the prompt names, or is.
+    and, if it is a classifier, how often it sees the class that was asked for, by a text that names it or by number.
 
     The network is torch-fidelity's Inception, and the distance then FID; or it is a classifier of toy/features.py,
     which maps images to features (B, D) and logits, and the distance is called FD.
@@ -130,9 +130,9 @@ class ImageFeatures:
 
     @torch.no_grad()
     def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
-        """Takes in images and, if they have any, their prompts: texts, or numbers of classes, which teacher.py and
-        toy.features both count by the names' alphabet. A text that names no class, or two, is not counted: it has no
-        right answer, or more than one."""
+        """Takes in images and, if they have any, their prompts: texts, or numbers of classes (teacher.py and
+        toy.features both number the classes of a folder by the alphabet). A text that names no class, or two, is not
+        counted: it has no right answer, or more than one."""
         for i in range(0, len(samples), 250):  # by its own size: the sampler's batches may be much larger
             features, *logits = self.network(samples[i : i + 250].to(self.device))
             self.features.append(features.float().cpu())
@@ -235,9 +235,8 @@ class Evaluation:
         self.resolution = self.resolution or self.model.resolution
         self.batch_size = min(self.batch_size or self.model.batch_size, self.num_samples)
         # What samples are asked to show, in turn, as sample.py asks for it: texts, or numbers of classes.
-        self.asked = list(self.prompts) or list(self.model.default_prompts)
-        if self.model.null_label is not None:
-            self.asked = self.model.labels(self.prompts).tolist()
+        texts, by_class = list(self.prompts) or list(self.model.default_prompts), self.model.null_label is not None
+        self.asked = self.model.labels(self.prompts).tolist() if by_class else texts
         self.reference = reference_set(self.data, self.split, self.resolution)
         self.measures = measures_for(self.model, self.reference, self.features, self.clip_model)
 

@@ -193,8 +193,9 @@ def preview(model: DiffusionModel) -> tuple[int, int]:
         return 4096, 4096
     if model.default_prompts:
         return len(model.default_prompts), len(model.default_prompts)
-    classes = model.null_label or 8
-    columns = classes * max(1, 8 // classes) if classes <= 16 else 8  # a thousand classes have no room
+    columns = 8
+    if model.null_label and model.null_label <= 16:  # a thousand classes would have no room
+        columns = model.null_label * max(1, 8 // model.null_label)
     return 64 // columns * columns, columns
 
 

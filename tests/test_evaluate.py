@@ -115,20 +115,23 @@ def test_of_a_model_with_classes_those_are_looked_for_that_it_was_asked_for(mean
         evaluation.sampler(model, 1, 0.0, None)
     assert asked == drawn == [0, 1, 2, 0, 1, 2, 0, 2, 0, 2]
 
-    # A classifier of other classes cannot say it, nor is an unlabelled model asked for any.
-    other = load(str(save(tmp_path / "other", unet(classes=4))))
-    measure = Evaluation(other, str(images), 5, features=str(means)).measures[0]
-    measure.update(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [0, 1, 2, 3])
-    assert "prompt accuracy" not in measure.result()
-    with pytest.raises(BadInput, match="different numbers of classes"):
-        compare(Evaluation(model, str(images), 5, features=str(means)), {"other": other}, [1], [1], 0.0)
 
+def test_a_number_is_the_class_at_that_place(means):
     red, blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     red[0], blue[2] = 200, 200
     measure = ImageFeatures(str(means), torch.stack([red, blue]), CPU)
     numbers = [measure.classes.index(name) for name in ("red", "blue", "blue")]
     measure.update(torch.stack([red, red, blue]), numbers)
     assert measure.result()["prompt accuracy"] == 2 / 3
+
+
+def test_a_classifier_of_other_classes_says_nothing_and_a_student_of_other_classes_is_refused(means, images, tmp_path):
+    three, four = (load(str(save(tmp_path / str(n), unet(classes=n)))) for n in (3, 4))
+    measure = Evaluation(four, str(images), 5, features=str(means)).measures[0]
+    measure.update(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [0, 1, 2, 3])
+    assert "prompt accuracy" not in measure.result()
+    with pytest.raises(BadInput, match="different numbers of classes"):
+        compare(Evaluation(three, str(images), 5, features=str(means)), {"four": four}, [1], [1], 0.0)
 
 
 def test_clip_score_is_the_mean_cosine_of_image_and_prompt(clip):

@@ -15,7 +15,8 @@ from toy import plots
 from toy.laboratory import TRAINING, WORK, Findings, Laboratory, Variant
 
 GUIDED = "--pretrained_teacher_model ideal:clouds --guidance_w"
-WRONG, WRONG_TYPE = "wrong prediction type", WORK / "wrong-prediction-type"
+WRONG = "wrong prediction type"
+WRONG_TYPE = WORK / "wrong-prediction-type"
 VARIANTS = {
     "healthy": Variant(),
     "learning rate x 10": Variant("--learning_rate 1e-2"),
@@ -51,7 +52,8 @@ def picture(found: Findings) -> Image.Image:
 @program
 def main() -> None:
     laboratory = Laboratory(__file__, __doc__, seeds=2)
-    # Only where it is asked for: here it would be trained in points' precision, and students of images have another.
+    # Only where it is asked for. It is trained in this process, in the precision of points, and accelerate allows only
+    # one precision a process: students of images, which have another, could then not be trained here.
     if WRONG in (laboratory.args.only or VARIANTS):
         make_teacher_with_a_wrong_type(laboratory.args.quick)
     laboratory.report(VARIANTS, picture, at=PARTS)
