@@ -300,7 +300,7 @@ def parser() -> training.Parser:
     p.add_argument(
         "--num_images",
         type=training.positive,
-        help="default: 64, or one row in a picture of several rows; of points 4096",
+        help="default: about 64, or one row in a picture of several rows; of points 4096",
     )
     p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
@@ -329,8 +329,8 @@ def main() -> None:
     several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
     refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
-    row = preview(plan[0][0])[1]
-    number = args.num_images or (row if len(plan) > 1 else max(64, row))
+    columns = preview(plan[0][0])[1]
+    number = args.num_images or (columns if len(plan) > 1 else max(1, 64 // columns) * columns)
     seeds, rows = range(args.seed, args.seed + number), {}
     for model, sampler, n in plan:
         # A student has its guidance in its weights. A teacher's solver adds no noise between its steps, and a single
@@ -344,8 +344,8 @@ def main() -> None:
         else:
             folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
             sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, **options)
-    if len(rows) == 1:  # nothing to compare with, so all samples in a square instead of in one row
-        picture(*rows.values(), columns=round(len(seeds) ** 0.5)).save(out)
+    if len(rows) == 1:  # nothing to compare with, so several rows of the same model, or a square
+        picture(*rows.values(), columns=round(number**0.5) if args.num_images else columns).save(out)
     elif rows:
         overview(model, rows).save(out)
     print(out)

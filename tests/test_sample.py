@@ -108,6 +108,9 @@ def test_a_row_of_a_picture_shows_all_classes_equally_often(tmp_path, call, monk
     # And all of a teacher's grid are whole rows of them.
     number, row = sample.preview(load(str(model)))
     assert row == columns and number % row == 0 and 60 <= number <= 64
+    # So is the grid of one model: 8 pixels and a line for each image, and a line to begin with.
+    assert call(sample.main, model, "--teacher_steps", 1, "--out", tmp_path / "grid.png")[0] == 0
+    assert Image.open(tmp_path / "grid.png").size == (1 + 9 * columns, 1 + 9 * (number // columns))
 
 
 def test_processes_share_the_samples_of_a_folder(model, tmp_path, monkeypatch):
