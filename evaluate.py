@@ -229,6 +229,7 @@ class Evaluation:
     batch_size: int | None = None
     mixed_precision: str = "no"
     eta: float = 1.0  # the share of fresh noise between a student's steps
+    timesteps: Sequence[int] = ()  # of a student's steps, if they are not LCM's
 
     def __post_init__(self):
         self.seeds = range(self.seed, self.seed + self.num_samples)
@@ -264,9 +265,11 @@ class Evaluation:
             self.update(data[part])
         return self.results()
 
-    def share_of_fresh_noise(self, model: DiffusionModel, steps: int) -> float:
-        """η. A teacher's DDIM and a single step add no noise, so they are as they always are."""
-        return self.eta if model.is_student and steps > 1 else 1.0
+    def student_options(self, model: DiffusionModel, steps: int) -> dict:
+        """η and the times of a sampler. A teacher's DDIM has its own times, and it and a single step add no noise: so
+        they are as they always are."""
+        eta = self.eta if model.is_student and steps > 1 else 1.0
+        return {"eta": eta, "timesteps": list(self.timesteps) if model.is_student else []}
 
     def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
         """One sampler: some of its samples, as many as fit in 1 GiB, and its row of the table.
@@ -279,10 +282,11 @@ class Evaluation:
         parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         network = evaluations * network_seconds(model, size, self.mixed_precision) / size
         options = {"w": w, "prompts": self.prompts, "batch_size": size, "mixed_precision": self.mixed_precision}
-        options["eta"] = self.share_of_fresh_noise(model, steps)
+        options |= self.student_options(model, steps)
         if samples_dir:
             share = "" if options["eta"] == 1 else f"-eta{self.eta:g}"
-            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}{share}"
+            times = "".join(f"-t{t}" for t in options["timesteps"])
+            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}{share}{times}"
             sample_to_folder(model, seeds, folder, steps, **options)
         timed = parts[0] if samples_dir else seeds
         batches, kept, seconds = sample_batches(model, timed, steps, **options), [], 0.0
@@ -348,7 +352,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
     for name, model, n, _ in plan:  # all are checked before the first takes its time
-        sample.check_steps(model, n)
+        sample.check_steps(model, n, None, evaluation.student_options(model, n)["timesteps"])
         refuse(model.kind != teacher.kind, f"{name} makes {model.kind}, and its teacher {teacher.kind}")
         refuse(model.null_label != teacher.null_label, f"{name} and its teacher know different numbers of classes")
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
@@ -366,10 +370,12 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
             endpoint = x
         elif endpoint is not None and (model is teacher or n == 1 or not evaluation.eta) and x.shape == endpoint.shape:
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
-        eta = evaluation.share_of_fresh_noise(model, n)
-        samples[f"{name}, {n_steps(n)}{'' if eta == 1 else f', η = {eta:g}'}"] = x
+        options = evaluation.student_options(model, n)
+        share = "" if options["eta"] == 1 else f", η = {options['eta']:g}"
+        samples[f"{name}, {n_steps(n, options['timesteps'])}{share}"] = x
     count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
     count += f", η = {evaluation.eta:g}" if evaluation.eta != 1 else ""
+    count += f", students' times {', '.join(map(str, evaluation.timesteps))}" if evaluation.timesteps else ""
     against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
     names = [measure.name for measure in evaluation.measures]
     return Comparison(rows, samples, f"{count}, against {', '.join([against, *names])}")
@@ -431,16 +437,19 @@ def table(args: argparse.Namespace) -> None:
     # Of several students each is named by its folder, or the rows could not be told apart.
     device, alone = training.process().device, len(args.students) == 1
     students = {"student" if alone else name: load(name).to(device) for name in args.students}
-    several = max(args.steps) > 1 and any(student.is_student for student in students.values())
-    refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
+    refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
+    steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]
+    most = max(steps) if any(student.is_student for student in students.values()) else 0  # of a student
+    refuse(args.timesteps and not most, "--timesteps are for students: a teacher's DDIM has its own")
+    refuse(args.eta != 1 and most < 2, "--eta is for students of several steps: no others add noise")
     teacher = load(args.pretrained_teacher_model).to(device)
     k, times = trained_with.get("k", 100), len(teacher.schedule)
     refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")
-    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision eta".split()
+    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision eta timesteps".split()
     options = {name: getattr(args, name) for name in same}
     evaluation = Evaluation(teacher, prompts=prompts, **options)
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
-    comparison = compare(evaluation, students, args.steps, teacher_steps, args.guidance_w, args.samples_dir)
+    comparison = compare(evaluation, students, steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.
     results = folder if folder.is_dir() else Path("runs") / folder.name
@@ -523,7 +532,7 @@ def parser() -> training.Parser:
     t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
     flag = t.add_argument
     flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
-    flag("--steps", type=training.positive, nargs="+", default=[1, 2, 4], help="of the students (paper: 1, 2, 4)")
+    flag("--steps", type=training.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
     # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
     flag("--teacher_steps", type=training.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
     flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
@@ -536,7 +545,7 @@ def parser() -> training.Parser:
     flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
     flag("--num_samples", type=training.positive, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
-    sample.add_eta(t)
+    sample.add_student_arguments(t)
     add_arguments(t)
     e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)", formatter_class=training.Help)
     flag = e.add_argument

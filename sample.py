@@ -49,18 +49,26 @@ class SeededNoise:
 
 
 def run_sampler(
-    model: DiffusionModel, noise: SeededNoise, steps: int, sampler: str, cond: dict, w: float, eta: float
+    model: DiffusionModel,
+    noise: SeededNoise,
+    steps: int,
+    sampler: str,
+    cond: dict,
+    w: float,
+    eta: float,
+    timesteps: Sequence[int],
 ) -> Tensor:
     """One batch: from noise at time N-1 to x_0, (B, ...).
 
-    "lcm" is the student's sampler, Eq. 19 repeated, with the share `eta` of fresh noise between two steps. "ddim" and
-    "dpmsolver++" are diffusers' solvers of the PF-ODE, fed with what the guided ε makes of v. Two settings matter for a
-    fair comparison with a student: they start at the last time, N-1, where x really is pure noise ("trailing" spacing),
-    and they do not clip x_0, which would be another ODE than the one that was distilled.
+    "lcm" is the student's sampler, Eq. 19 repeated, with the share `eta` of fresh noise between two steps, at
+    `timesteps` or, without any, at LCM's times. "ddim" and "dpmsolver++" (here the multistep method, with one call of
+    the network a step) are diffusers' solvers of the PF-ODE, fed with what the guided ε makes of v. Two settings matter
+    for a fair comparison with a student: they start at the last time, N-1, where x really is pure noise ("trailing"
+    spacing), and they do not clip x_0, which would be another ODE than the one that was distilled.
     """
     x = noise()
     if sampler == "lcm":
-        times = few_step_times(steps, len(model.schedule), model.original_inference_steps)
+        times = timesteps or few_step_times(steps, len(model.schedule), model.original_inference_steps)
         student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
         *_, x = few_step_sample(student, model.schedule, x, times, noise, eta, **cond)
         return x
@@ -86,11 +94,19 @@ def default_sampler(model: DiffusionModel) -> str:
     return "lcm" if model.is_student else "ddim"
 
 
-def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None) -> None:
-    """Refuses a number of steps that the sampler cannot take: a student has no more times than its training grid."""
+def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None, timesteps: Sequence[int] = ()) -> None:
+    """Refuses a number of steps that the sampler cannot take: a student has no more times than its training grid. Of
+    times it refuses those at which no student was trained, and a first one at which x is not pure noise."""
     sampler = sampler or default_sampler(model)
     limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
     refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
+    if timesteps:
+        refuse(sampler != "lcm", f"--timesteps are for lcm: {sampler} has its own")
+        grid = few_step_times(limit, len(model.schedule), limit)
+        falling = sorted(set(timesteps), reverse=True) == list(timesteps)
+        right = falling and timesteps[0] == grid[0] and set(timesteps) <= set(grid) and len(timesteps) == steps
+        known = f"{', '.join(map(str, grid[:3]))}, ... {grid[-1]}"
+        refuse(not right, f"--timesteps must begin with {grid[0]} and fall, on the student's grid: {known}")
 
 
 @torch.no_grad()
@@ -102,6 +118,7 @@ def sample_batches(
     *,
     w: float = 0.0,
     eta: float = 1.0,
+    timesteps: Sequence[int] = (),
     prompts: Sequence[str] = (),
     batch_size: int | None = None,
     mixed_precision: str = "no",
@@ -109,10 +126,11 @@ def sample_batches(
     """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number.
 
     Without a `sampler` (one of SAMPLERS) a student's is "lcm" and a teacher's "ddim"; without a `batch_size` it is the
-    model's own. `w` guides a teacher; `eta` is the share of fresh noise between a student's steps.
+    model's own. `w` guides a teacher. `eta` is the share of fresh noise between a student's steps, and `timesteps` are
+    their times (as many as `steps`), if they are not to be LCM's.
     """
     sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
-    check_steps(model, steps, sampler)
+    check_steps(model, steps, sampler, timesteps)
     refuse(w and sampler == "lcm", "guidance is for teachers: what a student was distilled with is in its weights")
     refuse(eta != 1 and sampler != "lcm", f"--eta is for lcm: {sampler} adds no noise")
     # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
@@ -123,7 +141,7 @@ def sample_batches(
         # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
         with training.autocast(model.device, mixed_precision):
             noise, cond = SeededNoise(model.shape, batch, model.device), model.condition(label)
-            x0 = run_sampler(model, noise, steps, sampler, cond, w, eta)
+            x0 = run_sampler(model, noise, steps, sampler, cond, w, eta, timesteps)
         yield model.decode(x0).cpu()
 
 
@@ -156,8 +174,11 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
     made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
     made.pop("batch_size", None)  # a sample does not depend on it, up to the rounding of a batched product
-    if made.get("eta") == 1:  # the usual; solvers of the PF-ODE have no such number at all
+    # The usual values are left out. Solvers of the PF-ODE have no such options at all.
+    if made.get("eta") == 1:
         del made["eta"]
+    if not made.get("timesteps"):
+        made.pop("timesteps", None)
     text = json.dumps(made, indent=2).encode()  # compared as bytes: an edited record may be no text at all
     other = record.is_file() and record.read_bytes() != text
     refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
@@ -281,11 +302,14 @@ def add_arguments(parser: training.Parser) -> None:
     parser.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
 
 
-def add_eta(parser: training.Parser) -> None:
-    """The flag of programs in which students take several steps."""
+def add_student_arguments(parser: training.Parser) -> None:
+    """Flags of programs in which students take several steps."""
     # The paper's 1 is the default, and what a perfect student needs; splam.py, section 5, has the reason.
     eta_help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
     parser.add_argument("--eta", type=training.fraction, default=1.0, help=eta_help)
+    # LCM's times suit the noise schedule of Stable Diffusion. docs/images.md shows what others do for another one.
+    times_help = "of a student's steps, falling, in the place of --steps (default: LCM's times, evenly spaced)"
+    parser.add_argument("--timesteps", type=training.count, nargs="+", default=[], help=times_help)
 
 
 def parser() -> training.Parser:
@@ -296,7 +320,7 @@ def parser() -> training.Parser:
     p.add_argument("--teacher_steps", type=training.positive, nargs="+", help="of teachers (default 50)")
     p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
     p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
-    add_eta(p)
+    add_student_arguments(p)
     p.add_argument(
         "--num_images",
         type=training.positive,
@@ -319,13 +343,16 @@ def main() -> None:
     for name in args.models:  # all are loaded, and so all names checked, before hours of sampling begin
         model = load(name).to(training.process().device)
         sampler = args.scheduler or default_sampler(model)
-        steps = args.steps or [4] if sampler == "lcm" else args.teacher_steps or [50]
+        few = [len(args.timesteps)] if args.timesteps else args.steps or [4]
+        steps = few if sampler == "lcm" else args.teacher_steps or [50]
         plan += [(model, sampler, n) for n in steps]
     samplers = {sampler for _, sampler, _ in plan}
     # A flag that no row can use is refused: silently ignored, it would seem to have had no effect.
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
     refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
-    refuse("lcm" not in samplers and args.steps, "--steps is for students; a teacher takes --teacher_steps")
+    few = args.steps or args.timesteps
+    refuse("lcm" not in samplers and few, "--steps and --timesteps are for students; a teacher takes --teacher_steps")
+    refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
     several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
     refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
@@ -337,13 +364,14 @@ def main() -> None:
         # step has nothing between.
         w = 0.0 if sampler == "lcm" else args.guidance_w
         eta = args.eta if sampler == "lcm" and n > 1 else 1.0
+        timesteps = args.timesteps if sampler == "lcm" else []
         if out.suffix == ".png":
             words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 else "")
-            row = f"{model.name}, {sampler}, {n_steps(n)}{words}"
-            rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, **options)
+            row = f"{model.name}, {sampler}, {n_steps(n, timesteps)}{words}"
+            rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, timesteps=timesteps, **options)
         else:
             folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
-            sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, **options)
+            sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, timesteps=timesteps, **options)
     if len(rows) == 1:  # nothing to compare with, so several rows of the same model, or a square
         picture(*rows.values(), columns=round(number**0.5) if args.num_images else columns).save(out)
     elif rows:
@@ -351,9 +379,10 @@ def main() -> None:
     print(out)
 
 
-def n_steps(n: int) -> str:
+def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:
     """How a row is named, in tables and pictures."""
-    return "1 step" if n == 1 else f"{n} steps"
+    times = f" from t = {', '.join(map(str, timesteps))}" if timesteps else ""
+    return ("1 step" if n == 1 else f"{n} steps") + times
 
 
 if __name__ == "__main__":

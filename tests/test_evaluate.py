@@ -481,6 +481,28 @@ def test_eta_reaches_the_table(tmp_path, call):
         assert status == 2 and "--eta is for students of several steps" in one_line(err), err
 
 
+def test_times_of_ones_own_reach_the_table(tmp_path, call):
+    """The student's row is of as many steps as there are times, and of these times; the teacher's rows stay."""
+    teacher, out = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False))), tmp_path / "student"
+    save_model(teacher.student(teacher.network.state_dict(), 50), out)
+    flags = f"--pretrained_teacher_model {tmp_path / 't'} --data toy:moons --guidance_w 0 --num_samples 64".split()
+    rows = {}
+    for times in ([999, 499], [999, 899], []):
+        given = ["--timesteps", *times] if times else ["--steps", 2]
+        status, printed, err = call(evaluate.main, "table", out, *flags, *given, "--teacher_steps", 4)
+        assert status == 0 and ("students' times" in printed) == bool(times), err
+        *_, rows["teacher"], rows[tuple(times)] = json.loads((out / "evaluation.json").read_text())["rows"]
+        assert rows["teacher"]["steps"] == 4 and rows[tuple(times)]["steps"] == 2
+    assert rows[999, 499]["W2"] == rows[()]["W2"] != rows[999, 899]["W2"]
+    for name, more, words in (
+        (out, ["--timesteps", 999, 499, "--steps", 2], "leave --steps out"),
+        (out, ["--timesteps", 999, 500], "on the student's grid"),
+        (tmp_path / "t", ["--timesteps", 999, 499], "--timesteps are for students"),
+    ):
+        status, _, err = call(evaluate.main, "table", name, *flags, *more)
+        assert status == 2 and words in one_line(err), err
+
+
 def test_the_results_of_a_hub_id_do_not_make_a_folder_of_its_name(tmp_path, call, monkeypatch):
     """That folder would be what the name means from then on."""
     t = save(tmp_path / "t", PointMLP(width=16))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line, save, unet
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from PIL import Image
 
 import sample
@@ -87,6 +87,28 @@ def test_eta_reaches_the_sampler(model, tmp_path, call):
     assert [record.get("eta") for record in records] == [None, None, 0.0]
 
 
+def test_times_of_ones_own_are_those_of_diffusers_lcm(model, tmp_path, call):
+    """Its `timesteps` and ours, with the same noises; for a picture and for a folder. A folder that was made at other
+    times is refused."""
+    times, noise = [999, 899, 499], sample.SeededNoise(model.shape, [5], torch.device("cpu"))
+    solver, x = LCMScheduler.from_config(model.scheduler.config, clip_sample=False), noise()
+    solver.set_timesteps(timesteps=times, original_inference_steps=50)
+    with torch.no_grad():
+        for t in solver.timesteps:
+            x0 = solver.step(model.network(x, t).sample, t, x).denoised
+            x = solver.add_noise(x0, noise(), solver.timesteps[solver.step_index]) if t != times[-1] else x0
+    wanted = to_pixels(x)[0]
+    assert (wanted != to_pixels(sample.sample(model, [5], 3, "lcm"))[0]).any()
+    flags = ["--scheduler", "lcm", "--seed", 5, "--num_images", 1, "--timesteps", *times]
+    folder, grid = tmp_path / "folder", tmp_path / "grid.png"
+    for out, image in ((folder, folder / "000005.png"), (grid, grid)):
+        assert call(sample.main, model.name, *flags, "--out", out)[0] == 0
+        assert np.abs(np.asarray(Image.open(image)).astype(int) - wanted).max() <= 1
+    assert json.loads((folder / "samples.json").read_text())["timesteps"] == times
+    status, _, err = call(sample.main, model.name, *flags[:-1], 799, "--out", folder)
+    assert status == 2 and "made with other flags" in one_line(err)
+
+
 @pytest.mark.parametrize("steps", [[2], [1, 2]])
 def test_points_are_drawn_by_the_thousand(tmp_path, call, monkeypatch, steps):
     """In a picture of one panel and of several: a distribution cannot be seen in a few points."""
@@ -142,6 +164,12 @@ def test_bad_flags_end_in_one_line_and_status_2(model, tmp_path, call):
         (["--eta", 0.5], "--eta is for students"),
         (["--eta", 0.5, "--scheduler", "lcm", "--steps", 1], "--eta is for students of several steps"),
         (["--eta", 1.5, "--scheduler", "lcm"], "from 0 to 1"),
+        (["--timesteps", 999, "--teacher_steps", 2], "--timesteps are for students"),
+        (["--timesteps", 999, 499, "--scheduler", "lcm", "--steps", 2], "leave --steps out"),
+        (["--timesteps", 999, 500, "--scheduler", "lcm"], "on the student's grid: 999, 979, 959, ... 19"),
+        (["--timesteps", 899, 499, "--scheduler", "lcm"], "must begin with 999 and fall"),
+        (["--timesteps", 999, 499, 499, "--scheduler", "lcm"], "must begin with 999 and fall"),
+        (["--timesteps", 999, -1, "--scheduler", "lcm"], "a whole number, 0 or more"),
         (["--num_images", 0], "positive"),
         (["--out", tmp_path / "model/unet/config.json/x.png"], "cannot write"),
         (["--out", tmp_path / "folder.png"], "folder.png must be the name of a file"),

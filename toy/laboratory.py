@@ -92,9 +92,9 @@ class Bench(Evaluation):
                 ends.append(model.decode(pf_ode_end(model, noise.to(model.device), cond, w)).cpu())
         self.endpoint = torch.cat(ends)
 
-    def sample(self, student: DiffusionModel, steps: int, count: int | None = None, eta: float = 1.0) -> Tensor:
-        """A student's samples from these noises, or from the first `count` of them."""
-        return sample(student, self.seeds[:count], steps, eta=eta, mixed_precision=self.mixed_precision)
+    def sample(self, student: DiffusionModel, steps: int, count: int | None = None, **options) -> Tensor:
+        """A student's samples from these noises, or from the first `count` of them. `options` are those of `sample`."""
+        return sample(student, self.seeds[:count], steps, mixed_precision=self.mixed_precision, **options)
 
     def distances(self, samples: Tensor) -> dict[str, float]:
         """From the samples to the data: W2 and MMD of points, the Fréchet distance of images, and how many of them show

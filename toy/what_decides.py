@@ -11,10 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import training
 from data import Points, program
-from sample import SeededNoise
-from splam import GAMMA_DIM, ConsistencyFunction, Draws, draw, few_step_sample, gamma_embedding
+from splam import GAMMA_DIM, Draws, draw, gamma_embedding
 from teacher import DiffusionModel
 from toy import plots, tab3_sl_vs_dl
 from toy.fig2a_skip_size import METHODS
@@ -95,30 +93,14 @@ SETTINGS["sampling"] = {name: SETTINGS["solver"][name] for name in ("DDIM x 5", 
 SECOND_TIMES = (299, 499, 699, 899)
 
 
-@torch.no_grad()
-def two_steps(bench: Bench, student: DiffusionModel, second: int, eta: float) -> Tensor:
-    """Samples of two steps whose second starts at the time `second`, with a share `eta` of fresh noise."""
-    function = ConsistencyFunction(student.network, student.schedule, student.prediction_type)
-    samples = []
-    for first in range(0, len(bench.seeds), bench.batch_size):
-        # The noises of the first and of the second step are those that `sample` has for these seeds.
-        seeds = bench.seeds[first : first + bench.batch_size]
-        noise, labels = SeededNoise(student.shape, seeds, student.device), bench.labels[first : first + len(seeds)]
-        with training.autocast(student.device, bench.mixed_precision):
-            cond = student.condition(labels.to(student.device))
-            times = (len(student.schedule) - 1, second)
-            *_, x0 = few_step_sample(function, student.schedule, noise(), times, noise, eta, **cond)
-        samples.append(student.decode(x0).cpu())
-    return torch.cat(samples)
-
-
 def sampling_quality(bench: Bench, student: DiffusionModel) -> dict[str, float]:
     """`quality`; and for two steps by another second time or less fresh noise, distance and, where it is defined, map
     error."""
-    values = quality(bench, student)
+    values, last = quality(bench, student), len(student.schedule) - 1
     for second in SECOND_TIMES:
         for eta in ETAS:
-            values |= less_noise(bench, two_steps(bench, student, second, eta), f"then t = {second}", eta)
+            samples = bench.sample(student, 2, eta=eta, timesteps=(last, second))
+            values |= less_noise(bench, samples, f"then t = {second}", eta)
     return values
 
 
