@@ -95,8 +95,8 @@ def parser() -> training.Parser:
     training.add_data_arguments(p)
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
-    # The longer the sub-paths, the fewer lie between noise and data, and each passes its error on to the one before.
-    # Solved in five steps, those of k = 100 are accurate enough.
+    # The longer the sub-paths, the fewer there are between noise and data, and each inherits through its target the
+    # errors of all that lie between it and the data. Solved in five steps, those of k = 100 are accurate enough.
     flag("--k", type=training.positive, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
     flag("--solver_step", type=training.positive, default=20, help="k_φ of multiple estimation, Eq. 18; paper: 20")
     # Ours: a single step of 100 costs less than half of DDIM's five of 20, and most sub-paths are solved as well or
@@ -183,7 +183,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Refuses what this teacher cannot do, before its student is trained."""
     times, network = len(teacher.schedule), teacher.network
-    # Longer than the schedule, every sub-path would end at time 0, where the student is the identity (Eq. 5).
+    # As long as the schedule, every sub-path would end at time 0, and the target would be the solver's own end: plain
+    # regression, and no longer consistency training.
     refuse(args.k >= times, f"--k must be smaller than the teacher's {times} time steps")
     # The grid N-1, N-1-N/50, ... must consist of whole time steps, as that of diffusers' LCMScheduler does.
     refuse(times % args.num_ddim_timesteps, f"--num_ddim_timesteps must divide the teacher's {times} time steps")

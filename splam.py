@@ -1,8 +1,9 @@
 """The Sub-Path Linear Approximation Model (SPLAM, Xu et al., ECCV 2024) as a chapter to read beside the paper.
 
 "Eq. 12" below is the paper's Eq. 12, and docs/equations.md has all of them in one place. The file needs only torch.
-Four options belong to this project and not to the paper, and each says so where it stands: a solver of second order, a
-time in the place of γ for the network, several γ for each solved sub-path, and a share of draws with γ = 1.
+What belongs to this project and not to the paper says so where it stands: a solver of second order, a time in the place
+of γ for the network, the frequencies of the γ-embedding, the metric "huber_sample", several γ for each solved sub-path,
+a share of draws with γ = 1, and less fresh noise between steps. "Section 4.2.2" is the paper's; "section 2" is below.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
     2  The line that replaces a sub-path    Eq. 12-14, 20-28    sub_path_point
@@ -13,6 +14,7 @@ time in the place of γ for the network, several γ for each solved sub-path, an
 Notation
     N            number of time steps of the diffusion process (1000); times t are integers in 0..N-1, larger is noisier
     α_t, σ_t     signal and noise at time t, α_t² + σ_t² = 1 ("variance preserving"):  x_t = α_t x_0 + σ_t ε
+    ρ, λ         noise-to-signal ratio σ/α, and log(α/σ) = -log ρ
     t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path;  s = max(t - k, 0)
     r            drift ratio α_t / α_s, smaller than 1
     k, k_φ, m    length of a sub-path, length of a solver step, solver steps in a sub-path:  m = k / k_φ
@@ -25,8 +27,8 @@ Notation
                  f and g are the drift and the diffusion of the process.)
 
 Shapes: x is (B, ...): points (B, 2), or pixels or latents (B, C, H, W). t, s and γ are (B,). All that comes from the
-noise schedule is computed in float32, whatever precision the networks compute in: near t = 0 and t = N the coefficients
-differ by factors that half precision would round away.
+noise schedule is computed in float32, whatever precision the networks compute in. Half precision keeps two or three
+digits of α and σ, and x̂_0 = (x - σ ε)/α multiplies such an error by σ/α, which is 15 at t = 999.
 """
 
 import math
@@ -166,10 +168,10 @@ def second_order_estimation(
     """This project's option: x̂_s from x_t by k / `solver_step` steps of DPM-Solver++(2S), two calls of the teacher
     each.
 
-    Divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM is Euler's method for it: for the whole step
-    x_0 counts as what it is at the start. But x_0 changes on the way. To second order, one may use for the whole step
-    what it is in the middle. So a DDIM step goes half of the way in λ = log(α/σ), the teacher is asked there, and a
-    second DDIM step goes the whole way with that x_0. The error of a step shrinks with the third power of its length.
+    Divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM is Euler's method for it: it takes x_0 at the
+    start of the step for constant over the step. x_0 in the middle is a better constant: its error shrinks with the
+    third power of the step's length, and not with the second. So a DDIM step goes half of the way in λ, the teacher is
+    asked there, and a second DDIM step goes the whole way with that x_0.
     With k = 100, one such step is more accurate than five DDIM steps in the middle of the way, and less so near the
     data (toy/README.md). Where α_T is 0 the first sub-path is infinitely long in λ, and there it gains nothing.
 
@@ -256,23 +258,22 @@ def sub_path_point(
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    # 1 - r² is the variance of the fresh noise of Eq. 20, and equals σ_t² - r² σ_s². Where r is near 1, the difference
-    # of two numbers near 1 would cost float32 some of its digits; this one does not.
-    one_minus_r2 = sigma_t**2 - r**2 * sigma_s**2
+    # The variance of Eq. 20's fresh noise, 1 - r², in another form: with it γ = 1 gives back σ_t, however small it is.
+    fresh = sigma_t**2 - r**2 * sigma_s**2
     if ode == "sl":
         x = (1 - g) * r * x_s + g * x_t  # Eq. 12
         alpha = alpha_t  # Eq. 14: the same for every γ, which is what r is for
         if sigma_form == "approx":
             sigma = (1 - g) * r * sigma_s + g * sigma_t  # below Eq. 15
         else:
-            sigma = (r**2 * sigma_s**2 + g**2 * one_minus_r2).sqrt()  # Eq. 24
+            sigma = (r**2 * sigma_s**2 + g**2 * fresh).sqrt()  # Eq. 24
     else:
         x = (1 - g) * x_s + g * x_t  # Eq. 26
         alpha = (1 - g) * alpha_s + g * alpha_t  # Eq. 27
         if sigma_form == "approx":
             sigma = (1 - g) * sigma_s + g * sigma_t
         else:
-            sigma = (((1 - g) + g * r) ** 2 * sigma_s**2 + g**2 * one_minus_r2).sqrt()  # Eq. 28
+            sigma = (((1 - g) + g * r) ** 2 * sigma_s**2 + g**2 * fresh).sqrt()  # Eq. 28
     return SubPathPoint(x, alpha, sigma)
 
 
@@ -299,9 +300,9 @@ GAMMA_DIM = 32  # length of the γ-embedding
 def gamma_embedding(gamma: Tensor) -> Tensor:
     """γ (B,) -> (B, GAMMA_DIM) in float32, exactly the zero vector at γ = 1.
 
-    The official code embeds γ as LCM embeds w, by sin and cos of 1000 w times frequencies. cos 0 is 1, so that
-    embedding is never zero; hence the cos - 1. And its high frequencies make neighbouring γ look unrelated. The highest
-    frequency here turns four times from γ = 0 to 1.
+    The official code embeds 10 (1-γ) as LCM embeds w: sin and cos of 1000 times that, times frequencies. At γ = 1 its
+    cosines are 1, so that embedding is never zero; hence the cos - 1. And its highest frequency turns 1,600 times from
+    γ = 0 to 1, which makes neighbouring γ look unrelated. Here it turns four times.
     """
     frequencies = math.pi * torch.logspace(-1, 3, GAMMA_DIM // 2, base=2, device=gamma.device)
     angle = (1 - gamma.float())[:, None] * frequencies
@@ -314,8 +315,8 @@ class GammaTimeEmbedding(nn.Module):
     W has no bias, so that e(1) = 0 adds exactly nothing, whatever W is.
 
     diffusers' networks have no argument for γ, so ConsistencyFunction leaves it in the attribute `gamma` before each
-    pass. A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the copy's
-    hook would read the original's γ, and the target would silently ignore its own.
+    pass. A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the target's
+    hook would read the γ that the student was last given, and not its own γ = 1, without an error.
     """
 
     def __init__(self, time_embedding: nn.Module, embed: Callable[[Tensor], Tensor] = gamma_embedding):
@@ -409,10 +410,10 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     """The metric d of Eq. 17, one number for each sample (B,): "l2" is the mean of Δ² over the sample's elements,
     "huber" the mean of √(Δ² + c²) - c, and "huber_sample" the √(mean of Δ² + c²) - c.
 
-    The pseudo-Huber metric is quadratic below c and linear above, so that large errors do not rule the gradient. Taken
-    element by element, as in LCM's and SPLAM's code, it does so for each pixel, and is nearly L1. The paper cites it
-    from iCT, where the square root is taken of a whole sample's error: then it is samples, and not pixels, of which
-    none rules. (iCT has c = 0.00054 in these units, and √D times the value for D elements.)
+    Pseudo-Huber is quadratic below c and linear above, so that a few large errors do not dominate the gradient. By
+    element, as in LCM's and SPLAM's code, these are errors of pixels, and it is nearly L1. By sample, as in iCT, which
+    the paper cites, they are errors of samples. (iCT has c = 0.00054 in these units, and √D times the value for D
+    elements.)
     """
     _check("metric", metric, METRICS)
     squared = (a.float() - b.float()).square()
@@ -452,9 +453,10 @@ def draw(
     """
     n = torch.randint(num_ddim_timesteps, (x_shape[0],), generator=generator)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
-    # Stretched beyond 1 and cut off there, uniform numbers are 1 with just this probability, and uniform otherwise. An
-    # exact 0 would be a point without signal and without noise where a schedule ends with α = 0.
-    gamma = (torch.rand(x_shape[0], gamma_draws, generator=generator) / (1 - gamma_at_one)).clamp(2**-24, 1)
+    u, uniform_share = torch.rand(x_shape[0], gamma_draws, generator=generator), 1 - gamma_at_one
+    gamma = torch.where(u < uniform_share, u / uniform_share, 1.0)  # below that share, u is uniform once more
+    # An exact 0 would be a point without signal and without noise where a schedule ends with α = 0.
+    gamma = gamma.clamp_min(2**-24)
     return Draws(t, gamma, torch.randn(x_shape, generator=generator))
 
 
@@ -526,12 +528,17 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # in Eq. 1, and a perfect student's new points are distributed as they should be. But each lies on another trajectory:
 # with more than one step, the first noise alone does not decide the sample.
 #
-# It could also be the noise ε̂ that the step has found in its input, x = α x̂_0 + σ ε̂, and η mixes the two, as in DDIM.
-# With η = 0 nothing is random but the start. For the denoiser of a diffusion model (Eq. 8) this is a DDIM step. A
-# student's x̂_0 is something else, the end of the trajectory, which depends on the very noise that ε̂ is to stand for.
-# So even a perfect student leaves its trajectory, and its samples spread too far, further with each step. (For data
-# that are standard normal themselves, x̂_0 = x, and on Stable Diffusion's schedule a step from 999 to 499 multiplies x
-# by 1.32.) A student that makes too blurred images may gain by it all the same: toy/README.md has measured when.
+# It could also be the noise ε̂ that the step has found in its input, x = α x̂_0 + σ ε̂, and η mixes the two (an option of
+# this project). With η = 0 nothing is random but the start. For the denoiser of a diffusion model (Eq. 8) this is a
+# DDIM step. A student's x̂_0 is something else, the end of the trajectory, which depends on the very noise that ε̂ is to
+# stand for. So even a perfect student leaves its trajectory, and its samples spread too far, further with each step.
+# (For data that are standard normal themselves, x̂_0 = x, and on Stable Diffusion's schedule a step from 999 to 499
+# multiplies x by 1.32.) A student that makes too blurred images may gain by it all the same: toy/README.md has measured
+# when.
+#
+# How far back is another choice. LCM's times are even: 999, 749, 499, 249. How much noise these hold depends on the
+# schedule. With Stable Diffusion's, σ/α is 4.1 at 749, and with diffusers' squaredcos_cap_v2 it is 2.4: fewer of the
+# first step's mistakes are lost in it. docs/images.md has measured what later times do there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -539,8 +546,8 @@ def few_step_times(num_inference_steps: int, num_train_timesteps: int, original_
     """`num_inference_steps` times of the training grid from N-1 down, evenly spaced by their place on it: LCM's times.
 
     `original_inference_steps` is the number of times on that grid, by its name in diffusers' LCMScheduler. diffusers
-    computes the place with floats and rounds down. So does this: exact fractions would give other times here and there,
-    and a student sampled by stock diffusers would not be the one that was measured here.
+    computes the place with floats and rounds down, and so does this. (On grids of 200 times and more, exact fractions
+    would now and then give another time.)
     """
     step = num_train_timesteps // original_inference_steps
     grid = [step * (i + 1) - 1 for i in reversed(range(original_inference_steps))]
@@ -560,8 +567,8 @@ def few_step_sample(
     """Eq. 19 at the first of `times`; then, for each of the others, noise (Eq. 1) and Eq. 19 again.
 
     Yields x̂_0 after each step, so that a caller can draw the way; the last one is the sample. `randn` returns fresh
-    noise of the shape of `noise` at each call. `eta` is its share: 1 is the paper's sampling, and LCM's; with 0 the
-    first noise alone decides the sample. (TCD, arXiv 2402.19159, has an η with the same two ends.)
+    noise of the shape of `noise` at each call. `eta`, this project's option, is its share: 1 is the paper's sampling,
+    and LCM's; with 0 the first noise alone decides. (TCD, arXiv 2402.19159, has an η with the same two ends.)
     """
     x, t = noise, torch.full((len(noise),), times[0], device=noise.device)
     for i in range(len(times)):

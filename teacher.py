@@ -676,17 +676,18 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset) -> 
     model.to(run.accelerator.device)
     accelerator, schedule, batches = run.accelerator, model.schedule, run.batches()
     for step in run.steps():
-        # Every time step is a possible start here: N starts on a grid of N times. γ is uniform, and serves another use.
+        # Every time step is a possible start here: N starts on a grid of N times. There is no sub-path to place a γ on,
+        # so this uniform number becomes the coin that decides who is told no label.
         draws = draw((run.total_batch_size, *model.shape), len(schedule), len(schedule), run.generator(step))
         losses = []
         for micro_step in range(args.gradient_accumulation_steps):
             x, label = next(batches)
-            t, uniform, noise = run.rows(draws, micro_step)
+            t, coin, noise = run.rows(draws, micro_step)
             with accelerator.accumulate(run.model):
                 with accelerator.autocast():
                     x0, cond = model.prepare(x, label)
                     if model.conditional:  # a tenth learns the unconditional ε, which guidance needs
-                        cond = _drop(cond, model.null_condition(len(x0)), uniform[:, 0] < 0.1)
+                        cond = _drop(cond, model.null_condition(len(x0)), coin[:, 0] < 0.1)
                     alpha, sigma = schedule.at(t, x0.ndim)
                     output = run.model(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
                 # Outside autocast: the loss is float32.

@@ -50,9 +50,9 @@ FIGURES = {
 CONCLUSIONS = {
     "fig3_guidance": "All methods, and the guided PF-ODE too, gain fidelity and lose diversity as w grows.",
     "fig2a_skip_size": "With multiple estimation (ME) k = 200 has little more error than k = 100, for LCM too.",
-    "appb_sigma": "Linear, then Markov σ: 0.163 and 0.167 (the same) with the embedding, 0.079 and 0.213 with t'.",
+    "appb_sigma": "Approximate, then exact σ: 0.163 and 0.167 (the same) with the embedding, 0.079 and 0.213 with t'.",
     "tab3_sl_vs_dl": "LCM has the smallest map error; with t' SL and DL cannot be told apart.",
-    "fig2c_error": "Errors between neighbours (left) are smaller for SPLAM t' than for LCM; those to the end are not.",
+    "fig2c_error": "k = 100: errors between neighbours (left) are smaller for SPLAM t' than for LCM, those to the end not.",
     "what_decides_grid": "LCM fails (0.578) if sub-paths end between the grid's times; SPLAM t' does not (0.078).",
     "fig2b_convergence": "At equal k SPLAM stays behind LCM; long sub-paths that are solved well help both.",
     "what_decides_recipe": "Without EMA nothing works well; half of γ at 1 takes the embedding's error to 0.071.",
@@ -60,15 +60,14 @@ CONCLUSIONS = {
 EXPLORER = "<!-- the explorer -->"  # it is about sub_path_point, and follows it
 FIGURE_WIDTH = 1200  # pixels: enough to read, and small enough for a page that a phone loads
 
-# The lines of Algorithm 1, and how the line of splam.py begins that does each. Lines 1 and 8 are in distill.py.
+# The lines of Algorithm 1, and how the line of splam.py begins that does each. Lines 2 and 7 are in distill.py.
 ALGORITHM = {
-    2: "n = torch.randint(",
-    3: "return Draws(",
-    4: "x_t = alpha_t * x0",
-    5: "x_s = solver(",
-    6: "point = sub_path_point(",
-    7: "losses.append(",
-    9: "torch._foreach_lerp_(",
+    1: "n = torch.randint(",
+    3: "x_t = alpha_t * x0",
+    4: "x_s = solver(",
+    5: "point = sub_path_point(",
+    6: "losses.append(",
+    8: "torch._foreach_lerp_(",
 }
 
 EQUATIONS = r"(?:below\s+)?Eq\.\s+\d+(?:(?:-|\s+to\s+|,?\s+(?:and|or)\s+|,\s+)\d+)*"  # "Eq. 9 to 11", "Eq. 12, or 26"
@@ -373,7 +372,7 @@ def index(equations: dict[str, Part]) -> str:
     """A list of links to all equations and to each line of Algorithm 1."""
     titles = [(f"eq-{part.key}", part.title) for part in equations.values() if part.key]
     items = [f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in titles]
-    steps = " ".join(f'<a href="#algorithm-1-line-{n}" aria-label="line {n}">{n}</a>' for n in range(1, 10))
+    steps = " ".join(f'<a href="#algorithm-1-line-{n}" aria-label="line {n}">{n}</a>' for n in range(1, 9))
     return (
         f'<ul>{"".join(items)}<li><a href="#algorithm-1">{equations["algorithm-1"].title}</a>, lines {steps}</li></ul>'
     )

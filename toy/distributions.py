@@ -67,17 +67,17 @@ class GaussianMixture:
         """Where the PF-ODE (Eq. 3) takes x (B, 2) from the time of one α and σ, (1, 1), to the precision of scipy's
         solver.
 
-        In z = x / α and λ = σ / α the ODE is dz/dλ = ε, and no noise schedule is left in it. scipy computes on the CPU,
-        wherever x is.
+        In z = x/α and ρ = σ/α the ODE is dz/dρ = ε (splam.py, section 1), and no noise schedule is left in it. scipy
+        computes on the CPU, wherever x is.
         """
         label = None if label is None else label.cpu()
 
-        def slope(lam, z):
-            alpha = torch.full((len(x), 1), 1 / math.hypot(1, lam), dtype=torch.float64)
-            return self.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, lam * alpha, label, w).flatten().numpy()
+        def slope(rho, z):
+            alpha = torch.full((len(x), 1), 1 / math.hypot(1, rho), dtype=torch.float64)
+            return self.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, rho * alpha, label, w).flatten().numpy()
 
-        z, lam = (x / alpha).double().flatten().cpu().numpy(), (sigma / alpha).item()
-        path = solve_ivp(slope, (lam, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y  # (2 B, the solver's times)
+        z, rho = (x / alpha).double().flatten().cpu().numpy(), (sigma / alpha).item()
+        path = solve_ivp(slope, (rho, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y  # (2 B, the solver's times)
         return torch.from_numpy(path[:, -1]).view(-1, 2).to(x)
 
 
