@@ -536,9 +536,9 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # multiplies x by 1.32.) A student that makes too blurred images may gain by it all the same: toy/README.md has measured
 # when.
 #
-# How far back is another choice. LCM's times are even: 999, 749, 499, 249. How much noise these hold depends on the
-# schedule. With Stable Diffusion's, σ/α is 4.1 at 749, and with diffusers' squaredcos_cap_v2 it is 2.4: fewer of the
-# first step's mistakes are lost in it. docs/images.md has measured what later times do there.
+# How far back is another choice. LCM's times are even: 999, 759, 499, 259. How much noise they hold depends on the
+# schedule: σ/α at 759 is 4.3 with Stable Diffusion's, and 2.5 with diffusers' squaredcos_cap_v2. There less of the first
+# step's mistakes is lost in noise, and later times are better: docs/images.md has measured it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

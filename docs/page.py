@@ -52,7 +52,7 @@ CONCLUSIONS = {
     "fig2a_skip_size": "With multiple estimation (ME) k = 200 has little more error than k = 100, for LCM too.",
     "appb_sigma": "Approximate, then exact σ: 0.163 and 0.167 (the same) with the embedding, 0.079 and 0.213 with t'.",
     "tab3_sl_vs_dl": "LCM has the smallest map error; with t' SL and DL cannot be told apart.",
-    "fig2c_error": "k = 100: errors between neighbours (left) are smaller for SPLAM t' than for LCM, those to the end not.",
+    "fig2c_error": "At k = 100 SPLAM t' has smaller errors between neighbours (left) than LCM, but not to the end.",
     "what_decides_grid": "LCM fails (0.578) if sub-paths end between the grid's times; SPLAM t' does not (0.078).",
     "fig2b_convergence": "At equal k SPLAM stays behind LCM; long sub-paths that are solved well help both.",
     "what_decides_recipe": "Without EMA nothing works well; half of γ at 1 takes the embedding's error to 0.071.",
