@@ -537,8 +537,8 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # when.
 #
 # How far back is another choice. LCM's times are even: 999, 759, 499, 259. How much noise they hold depends on the
-# schedule: σ/α at 759 is 4.3 with Stable Diffusion's, and 2.5 with diffusers' squaredcos_cap_v2. There less of the first
-# step's mistakes is lost in noise, and later times are better: docs/images.md has measured it.
+# schedule: σ/α at 759 is 4.3 with Stable Diffusion's, and 2.5 with diffusers' squaredcos_cap_v2. There the noise hides
+# less of the first step's mistakes, and times with more of it are better: docs/images.md has measured it.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
