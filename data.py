@@ -72,9 +72,9 @@ def refuse(when: object, why: str) -> None:
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates the `main` of a command-line program: what is not a mistake of ours ends it with one line.
 
-    Exit status 2 is a BadInput. 1 is the system's own trouble, a full disk or a missing permission. 130 is Ctrl-C or
-    SIGTERM. Nothing is saved on the way out: whatever has its final name is complete already. A mistake of ours keeps
-    its traceback.
+    Exit status 2 is a BadInput. 1 is the system's own trouble, a full disk, a missing permission or too little memory.
+    130 is Ctrl-C or SIGTERM. Nothing is saved on the way out: whatever has its final name is complete already. A
+    mistake of ours keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -90,6 +90,12 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             _end(str(error), 2)
         except OSError as error:
             _end(f"{error} ({again})", 1)
+        except (RuntimeError, MemoryError) as error:
+            # A GPU's error has a class of its own. A CPU's has only its words.
+            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+            if not full:
+                raise
+            _end(f"out of memory: a smaller batch needs less ({again})", 1)
         except KeyboardInterrupt:
             _end(f"interrupted, and nothing more was saved ({again})", 130)
 
@@ -612,7 +618,7 @@ def cache_pairs(
         what = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
         refuse(differing, f"--cache_latents {folder} was made from {what or 'other parts'}: another folder please")
     elif rank == 0:
-        draft = target / "cache.json.tmp"
+        draft = target / f"cache.{os.getpid()}.tmp"
         draft.write_text(json.dumps(wanted, indent=2))
         draft.rename(index)
     missing = [(name, part) for name, part in parts[rank::world] if not (target / f"{name}.safetensors").exists()]
@@ -628,7 +634,7 @@ def cache_pairs(
             continue
         empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
         x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded.pop(name, empty), strict=True))
-        draft = target / f"{name}.tmp"
+        draft = target / f"{name}.{os.getpid()}.tmp"  # two runs may fill one cache
         save_file({"x0": x0, "cond": cond}, draft)
         draft.rename(target / f"{name}.safetensors")
         bar.update()

@@ -156,6 +156,8 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     output_dir += "/benchmark" if first.benchmark else ""  # where nothing of a real run lies
     fit_flags = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
     fit_flags += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
+    own = Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve()
+    refuse(own, f"--output_dir {output_dir} is the teacher's own folder: the student would take its place")
     folder = writable_folder(output_dir)
     if training.process().is_main_process:  # first: --overwrite would fit a teacher anew that another run is using
         training.keep_others_out(folder.resolve())
@@ -195,6 +197,9 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     refuse(unguided, "--guidance_w needs a conditional teacher: this one has no labels")
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
     teacher.few_step_scheduler(args.num_ddim_timesteps)  # the student's, which diffusers may not have
+    # Such a network has an embedding for each whole time, and t' lies between them.
+    whole = network.config.get("time_embedding_type") == "learned" and args.gamma_conditioning == "time"
+    refuse(whole, f"{teacher.name} has learned embeddings of whole times: it needs --gamma_conditioning embedding")
     without = args.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False)
     refuse(without, f"--gradient_checkpointing: a {type(network).__name__} has none")
 
@@ -374,6 +379,8 @@ def finish(
     folder, many = Path(args.output_dir), teacher.many_steps
     save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
+    record = folder / "metrics.json"
+    record.write_text(json.dumps(metrics, indent=2))  # a LoRA cannot be loaded without it
     if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
         print_comparison(comparison)
@@ -384,8 +391,8 @@ def finish(
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
         samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
     overview(teacher, samples, args.k).save(folder / "overview.png")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    print(f"{folder}/overview.png  {folder}/metrics.json")
+    record.write_text(json.dumps(metrics, indent=2))
+    print(f"{folder}/overview.png  {record}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

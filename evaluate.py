@@ -327,7 +327,7 @@ def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str
     # Input of the network's own precision, at the first time of sampling. What the values are does not matter.
     labels = model.labels([])
     x = torch.randn(batch_size, *model.shape, device=model.device, dtype=next(model.network.parameters()).dtype)
-    cond = model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device))
+    cond = model.as_network_takes(model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device)))
     t = torch.full((batch_size,), len(model.schedule) - 1, device=model.device)
 
     def call() -> None:
@@ -490,7 +490,7 @@ def error(args: argparse.Namespace) -> None:
     from toy import plots
 
     out, device, size = sample.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
-    models = [load(name).to(device) for name in args.models]
+    models = [load(name).to(device) for name in dict.fromkeys(args.models)]  # each once: sums below are kept by name
     sizes = {model.shape for model in models}
     refuse(len(sizes) > 1, f"models of different sizes have no data in common: {sorted(sizes)}")
     args.data = args.data or models[0].default_data
@@ -543,7 +543,7 @@ def parser() -> training.Parser:
     flag("--features", default="inception", help='"inception", or a file of toy/features.py')
     flag("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
     flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
-    flag("--num_samples", type=training.positive, default=5000, help="a row")
+    flag("--num_samples", type=training.two_or_more, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
     sample.add_student_arguments(t)
     add_arguments(t)

@@ -78,7 +78,10 @@ class DiffusionModel:
         self.is_student = isinstance(scheduler, LCMScheduler)
         # How many times the grid of few-step sampling has: of a student, as many as it was distilled with. diffusers'
         # own default is 50 as well.
-        self.original_inference_steps: int = scheduler.config.get("original_inference_steps", 50)
+        times: int = scheduler.config.get("original_inference_steps", 50)
+        sound = isinstance(times, int) and 0 < times <= len(self.schedule)
+        data.refuse(self.is_student and not sound, f"the scheduler of {name} has {times!r} original_inference_steps")
+        self.original_inference_steps = times
         classes = network.config.get("num_class_embeds")
         self.null_label = None if classes is None else classes - 1
 
@@ -135,8 +138,7 @@ class DiffusionModel:
             null = self.null_condition(len(x))
             cond = {key: torch.cat([value, null[key]]) for key, value in cond.items()}
             x_in, t_in = torch.cat([x, x]), torch.cat([t, t])
-        dtype = next(self.network.parameters()).dtype
-        cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        dtype, cond = next(self.network.parameters()).dtype, self.as_network_takes(cond)
         # A network whose weights are half already needs no autocast. That would still compute its normalizations in
         # float32, and cast before and after each of them: two thirds more kernels on a GPU, for little accuracy.
         context = contextlib.nullcontext()
@@ -147,6 +149,11 @@ class DiffusionModel:
         if w:
             output = guided(*output.chunk(2), w)
         return to_x0_eps(output, x, *self.schedule.at(t, x.ndim), self.prediction_type)
+
+    def as_network_takes(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The condition in the precision of the network's weights; class numbers and tokens as they are."""
+        dtype = next(self.network.parameters()).dtype
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
 
     def decode(self, x0: Tensor) -> Tensor:
         """x_0 -> samples as a person sees them."""
@@ -179,9 +186,16 @@ class DiffusionModel:
         # Clipping and thresholding would change the x_0 that the student was trained to give.
         options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
         try:
-            return LCMScheduler.from_config(self.scheduler.config, **options)
+            scheduler = LCMScheduler.from_config(self.scheduler.config, **options)
         except Exception as error:  # what diffusers raises depends on what it does not know
             raise data.BadInput(f"diffusers' LCMScheduler cannot take the schedule of {self.name}: {error}") from error
+        # It reads the same config in its own way: with its own defaults for what is missing there, and with options
+        # that the teacher's kind of scheduler does not know.
+        here, there = self.schedule, Schedule(scheduler.alphas_cumprod)
+        same = len(here) == len(there) and torch.allclose(here.alpha.cpu(), there.alpha, rtol=0, atol=1e-3)
+        data.refuse(not same, f"diffusers' LCMScheduler makes another noise schedule of the config of {self.name}")
+        _check_parts(self.network, scheduler, f"a student of {self.name}")
+        return scheduler
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "DiffusionModel":
         """A model of this kind with another network and scheduler, all else shared."""
@@ -226,6 +240,8 @@ def _check_parts(network: nn.Module, scheduler, name: str) -> None:
     data.refuse(not isinstance(size, int) or size < 1, f"{name} makes images of {size} pixels: a square is needed")
     channels = config.get("in_channels"), config.get("out_channels")
     data.refuse(channels[0] != channels[1], f"{name} takes {channels[0]} channels and returns {channels[1]}")
+    other = config.get("class_embed_type")
+    data.refuse(other, f"{name} takes classes as {other!r}: numbers of classes are needed")
 
 
 def refuse_pair_flags(args: argparse.Namespace) -> None:
@@ -292,8 +308,10 @@ class ImageModel(DiffusionModel):
 
     def __init__(self, network: nn.Module, scheduler, name: str):
         super().__init__(network, scheduler, name)
+        channels = network.config.in_channels
+        data.refuse(channels != 3, f"{name} makes images of {channels} channels: red, green and blue are needed")
         self.resolution = network.config.sample_size
-        self.shape = (network.config.in_channels, self.resolution, self.resolution)
+        self.shape = (channels, self.resolution, self.resolution)
 
     @classmethod
     def load(cls, name: str, index: dict) -> "ImageModel":
@@ -343,6 +361,9 @@ class StableDiffusion(DiffusionModel):
         # Not a method, which would hold this model: datasets have it, and from Python 3.14 on they are pickled for each
         # process of a loader.
         self.tokenize = functools.partial(tokenize, pipeline.tokenizer)
+        vae = type(pipeline.vae).__name__
+        data.refuse(vae != "AutoencoderKL", f"{name} has an {vae}: an AutoencoderKL is needed")
+        data.refuse(self.null_label is not None, f"{name} takes classes besides texts, which no data here has")
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
         self.null_text: Tensor | None = None  # the empty text's embedding, made when it is first asked for
@@ -561,7 +582,10 @@ def _load_lora(folder: Path) -> DiffusionModel:
 
     record, reason = folder / "metrics.json", "which names the model that it belongs to"
     data.refuse(not record.is_file(), f"{folder} holds a LoRA but no metrics.json, {reason}")
-    pipeline = load(data.read_json(record)["configuration"]["pretrained_teacher_model"]).pipeline
+    configuration = data.read_json(record)["configuration"]
+    pipeline = load(configuration["pretrained_teacher_model"]).pipeline
+    if resolution := configuration["resolution"]:  # at which it was distilled, if that is not the teacher's own
+        pipeline.unet.register_to_config(sample_size=resolution // pipeline.vae_scale_factor)
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other
     pipeline.unload_lora_weights()

@@ -33,7 +33,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, fsdp2_prepare_model, load, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    fsdp2_prepare_model,
+    gather_object,
+    load,
+    parse_flag_from_env,
+    set_seed,
+)
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -90,11 +97,14 @@ def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable
     return parse
 
 
-positive = number(int, lambda n: n > 0, "positive")
-count = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+# Sizes and numbers of steps fit into 31 bits: beyond them PyTorch raises errors of its own.
+positive = number(int, lambda n: 0 < n < 2**31, "positive, and below 2**31")
+count = number(int, lambda n: 0 <= n < 2**31, "a whole number, 0 or more, and below 2**31")
+workers = number(int, lambda n: 0 <= n <= 256, "from 0 to 256")  # each has the whole program in its memory
 two_or_more = number(int, lambda n: n >= 2, "2 or more, for their spread")
 amount = number(float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")  # float32 ends at 3e38
-seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")  # what numpy's generator takes
+# numpy's generator takes seeds below 2**32, and accelerate adds the number of the process to it.
+seed = number(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
 fraction = number(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 finite = number(float, lambda x: abs(x) <= 1e30, "a number of at most 1e30")
@@ -128,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--mixed_precision", choices=list(DTYPES), default="no", help="of the networks")
     flag("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, on a GPU")
     flag("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later GPUs")
-    flag("--dataloader_num_workers", type=count, default=0, help="processes that read data; at most one a shard")
+    flag("--dataloader_num_workers", type=workers, default=0, help="processes that read data; at most one a shard")
     flag = parser.add_argument_group("output, checkpoints and logs").add_argument
     flag("--output_dir", help="all that the run writes lies below it (default: runs/ and a name)")
     flag("--overwrite", action="store_true", help="start anew, and delete an earlier run's checkpoints")
@@ -412,7 +422,11 @@ class Run:
                 (draft / "configuration.json").write_text(json.dumps(configuration, indent=2))
                 shutil.rmtree(final, ignore_errors=True)  # of a run that had gone on from here before
                 draft.rename(final)
-                for old in checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
+                # Of later steps are those of a run that went on from an earlier checkpoint than the last. They would
+                # be taken for the latest, and would outlive this run's own.
+                there = checkpoints(self.folder)
+                passed = [old for old in there if _step_of(old) <= step]
+                for old in [*passed[: -self.args.checkpoints_total_limit], *there[len(passed) :]]:
                     shutil.rmtree(old)
             self.accelerator.wait_for_everyone()
 
@@ -467,6 +481,8 @@ class Run:
     def _begin(self) -> None:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
         args, earlier, path = self.args, checkpoints(self.folder), self.args.resume_from_checkpoint
+        # A model whose checkpoints are gone, or one that was downloaded: its weights would be replaced.
+        finished = [*self.folder.glob("*.safetensors"), *self.folder.glob("model_index.json")]
         contradiction = args.overwrite and path not in (None, "latest")
         refuse(contradiction, f"--overwrite starts anew, and --resume_from_checkpoint {path} does not")
         if args.overwrite:  # the two waits: nobody deletes before all have looked, nobody writes before all is deleted
@@ -475,7 +491,7 @@ class Run:
                 for checkpoint in earlier:
                     shutil.rmtree(checkpoint)
             self.accelerator.wait_for_everyone()
-            earlier, path = [], None
+            earlier, finished, path = [], [], None
         elif path == "latest":
             path = earlier[-1] if earlier else None  # None: the first of several equal commands begins the run
         elif not path and earlier and _step_of(earlier[-1]) == args.max_train_steps:
@@ -485,10 +501,14 @@ class Run:
                 path = earlier[-1]
         if path:
             self._resume(Path(path))
-        elif earlier:
-            ways = "--resume_from_checkpoint latest goes on with it, --overwrite starts anew"
-            holds = f"{self.folder} holds {earlier[-1].name} of an earlier run"
+        elif earlier or finished:
+            ways = "--resume_from_checkpoint latest goes on with it, " if earlier else ""
+            ways += "--overwrite starts anew"
+            holds = f"{self.folder} holds {(earlier or finished)[-1].name} of an earlier run"
             raise BadInput(f"{holds}: {ways}, another --output_dir keeps both")
+        places = gather_object([self.step])
+        apart = len(set(places)) > 1
+        refuse(apart, f"processes begin at steps {places}: do all machines share the disk of {self.folder}?")
         if self.accelerator.is_main_process:
             self._cut_metrics()
 

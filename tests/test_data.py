@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import one_line
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,6 +45,7 @@ from data import (
     image_files,
     load_images,
     load_pairs,
+    program,
     read_prompts,
     refuse,
     to_range,
@@ -784,3 +786,12 @@ def test_prompts_are_values_or_the_lines_of_a_file(tmp_path):
     file.write_text("\n \n")
     with pytest.raises(BadInput, match=r"no prompts in .*prompts\.txt"):
         read_prompts([str(file)])
+
+
+@pytest.mark.parametrize("memory", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: [None] * 2**60])
+def test_too_little_memory_is_one_line_and_status_1(call, memory):
+    """What PyTorch raises on a CPU has no class of its own; other errors of its class stay tracebacks."""
+    status, _, err = call(program(memory))
+    assert status == 1 and "out of memory" in one_line(err)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        program(lambda: torch.ones(2) + torch.ones(3))()

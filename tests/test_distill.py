@@ -172,6 +172,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
     (tmp_path / "empty").mkdir()
     image_teacher = save(tmp_path / "image_teacher", unet(size=16))
     two_classes = save(tmp_path / "two_classes", unet(classes=2, size=32))
+    learned = unet(time_embedding_type="learned", num_train_timesteps=1000)
     model, student = teacher.load(str(points)), tmp_path / "student"
     teacher.save(model.student(model.network.state_dict(), 50), student)
     for flags, words in (
@@ -188,6 +189,9 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", points, "--num_eval_samples", 1], "--num_eval_samples"),
         (["--pretrained_teacher_model", student], "is a student"),
         (["--pretrained_teacher_model", points, "--train_batch_size", 0], "--train_batch_size"),
+        (["--pretrained_teacher_model", points, "--train_batch_size", 10**12], "below 2**31"),
+        (["--pretrained_teacher_model", points, "--dataloader_num_workers", 10**5], "from 0 to 256"),
+        (["--pretrained_teacher_model", save(tmp_path / "learned", learned), "--data", images], "embedding"),
         (["--pretrained_teacher_model", points, "--benchmark", "--timed_steps", 1], "--timed_steps"),
         (["--pretrained_teacher_model", points, "--output_dir", tmp_path / "file"], "cannot write"),
         (["--pretrained_teacher_model", image_teacher], "--data is missing"),
@@ -207,7 +211,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         ("adam_weight_decay", ["inf"]),
         ("guidance_w", ["nan", "-1e300"]),
         ("ema_decay", ["nan", "-0.1"]),
-        ("seed", ["-1", "1.5", "4294967296", "9" * 400]),
+        ("seed", ["-1", "1.5", "2147483648", "9" * 400]),
         ("checkpoints_total_limit", ["0", "-1"]),
         ("lr_warmup_steps", ["-1"]),
     ],

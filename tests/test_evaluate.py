@@ -441,6 +441,7 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
         (evaluate, ["table", t, *flags, *protocol, "--prompts", tmp_path / "no.txt"], "no such file"),
         (evaluate, ["table", t, *flags, "--clip_model", "ViT-B-32/openai"], "--clip_model"),
         (evaluate, ["table", t, *flags, "--split", "val"], "no such folder"),
+        (evaluate, ["table", t, *flags, "--num_samples", 1], "2 or more"),
         (evaluate, ["table", t, *flags, "--data", tmp_path / "cifar10", "--split", "val"], "train and test, not val"),
         (evaluate, ["table", points, *of_points, "--split", "val"], "train and test, not val"),
         (evaluate, ["error", t, save(tmp_path / "small", unet(size=16)), "--data", images], "of different sizes"),

@@ -1,6 +1,7 @@
 """Stable Diffusion is one more kind of teacher: random weights, its own format, stock diffusers as the oracle."""
 
 import argparse
+import functools
 import io
 import json
 import shutil
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, one_line
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+)
 from diffusers import UNet2DConditionModel as UNet
 from PIL import Image
 
@@ -115,7 +124,7 @@ def test_what_makes_no_text_to_image_model_is_refused_in_one_line(folder, tmp_pa
     for change, words in (
         ({"without": "tokenizer/tokenizer.json"}, "tell texts apart"),
         ({"without": "vae/config.json"}, "cannot load"),
-        ({"index": {"vae": ["diffusers", "UNet2DModel"]}}, "no weights for some"),
+        ({"index": {"vae": ["diffusers", "UNet2DModel"]}}, "an AutoencoderKL is needed"),
         ({"index": {"text_encoder": [None, None]}}, "cannot load"),
         ({"torn": "text_encoder/model.safetensors"}, "cannot load"),
     ):
@@ -131,9 +140,15 @@ def test_what_makes_no_text_to_image_model_is_refused_in_one_line(folder, tmp_pa
         with pytest.raises(BadInput, match=words) as refusal:
             load(str(broken))
         assert "\n" not in str(refusal.value)
-    inpainting = pipeline(in_channels=9)
-    with pytest.raises(BadInput, match="9 channels"):
-        StableDiffusion(inpainting, "inpainting")
+    tiny = pipeline()
+    tiny.register_modules(vae=AutoencoderTiny())
+    for other, words in (
+        (pipeline(in_channels=9), "9 channels"),
+        (pipeline(num_class_embeds=3), "classes besides texts"),
+        (tiny, "AutoencoderTiny"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            StableDiffusion(other, "other")
 
 
 def test_a_half_precision_teacher_needs_no_autocast(folder):
@@ -205,6 +220,18 @@ def test_a_student_loads_in_stock_diffusers_and_samples_as_ours(
     stock.scheduler = TCDScheduler.from_config(stock.scheduler.config)
     theirs = stock(["a ship", "a cat"], guidance_scale=1, **options).images
     assert torch.allclose(ours / 2 + 0.5, theirs, atol=0.03)
+
+
+def test_a_lora_remembers_its_resolution_and_is_measured_in_half_precision(
+    folder, captions, tmp_path, call, means, monkeypatch
+):
+    monkeypatch.setattr(distill, "Evaluation", functools.partial(evaluate.Evaluation, features=str(means)))
+    out = tmp_path / "out"
+    more = {"lora_rank": 2, "resolution": 32, "mixed_precision": "bf16", "num_eval_samples": 4}
+    status, printed, err = call(distill.main, *flags(folder(), captions, out, **more))
+    assert status == 0 and "student" in printed, err
+    assert load(folder()).resolution == 16 and load(str(out)).resolution == 32
+    assert len(json.loads((out / "metrics.json").read_text())["rows"]) >= 3
 
 
 def test_a_cache_gives_the_same_losses(folder, captions, tmp_path, call):
@@ -306,6 +333,8 @@ def test_the_error_and_the_parts_of_a_step_of_a_text_to_image_model(folder, capt
     status, _, err = call(evaluate.main, "error", teacher, *flags)
     assert status == 0, err
     guided = json.loads((tmp_path / "e.json").read_text())[teacher]
+    assert call(evaluate.main, "error", teacher, teacher, *flags)[0] == 0  # named twice it is measured once
+    assert json.loads((tmp_path / "e.json").read_text())[teacher] == guided
     flags = [teacher, *["--data", captions, "--train_batch_size", 4, "--timed_steps", 2, "--k", 20, "--guidance_w", 2]]
     status, _, err = call(distill.main, "--benchmark", "--pretrained_teacher_model", *flags, "--output_dir", tmp_path)
     assert status == 0, err

@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import one_line, unet
 from conftest import save as save_parts
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -199,6 +207,7 @@ BROKEN = {
     "no size": (edit(UNET, sample_size=None), "None pixels"),
     "no square": (edit(UNET, sample_size=[8, 8]), "a square"),
     "flow matching": (of_flow_matching, "FlowMatchEulerDiscreteScheduler"),
+    "classes that are times": (edit(UNET, class_embed_type="identity"), "classes as 'identity'"),
     "an unknown prediction": (edit(SCHEDULER, prediction_type="flow"), "'flow'"),
     "an unknown schedule": (edit(SCHEDULER, beta_schedule="foo"), "foo is not implemented"),
     "a schedule of nothing": (edit(SCHEDULER, num_train_timesteps=0), "does not fall"),
@@ -223,6 +232,41 @@ def test_a_schedule_that_the_students_scheduler_does_not_have_is_refused_before_
     flags = ["--pretrained_teacher_model", folder, "--data", "nowhere", "--output_dir", tmp_path / "out"]
     status, _, err = call(distill.main, *flags)
     assert status == 2 and "sigmoid" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, words",
+    [
+        (DDPMScheduler, {"beta_start": None, "beta_end": None}, "another noise schedule"),  # each kind has its defaults
+        (PNDMScheduler, {"rescale_betas_zero_snr": True}, "another noise schedule"),  # PNDM does not know it
+        (EulerDiscreteScheduler, {"rescale_betas_zero_snr": True}, "zero terminal SNR"),  # Euler has 2**-24 for 0
+    ],
+)
+def test_a_student_has_the_schedule_of_its_teacher_or_is_refused_before_training(tmp_path, call, kind, changes, words):
+    folder = save_parts(tmp_path / "teacher", unet())
+    edit("model_index.json", scheduler=["diffusers", kind.__name__])(folder)
+    kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    config = json.loads((folder / SCHEDULER).read_text()) | changes
+    (folder / SCHEDULER).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    assert not load(str(folder)).is_student
+    flags = ["--pretrained_teacher_model", folder, "--data", "nowhere", "--output_dir", tmp_path / "out"]
+    status, _, err = call(distill.main, *flags)
+    assert status == 2 and words in one_line(err), err
+
+
+@pytest.mark.parametrize("times", ["x", None, 0, 5000])
+def test_a_student_without_a_grid_is_refused_in_one_line(tmp_path, times):
+    model = load(str(save_parts(tmp_path / "teacher", unet())))
+    save(model.student(model.network.state_dict(), 50), tmp_path / "student")
+    assert load(str(tmp_path / "student")).original_inference_steps == 50
+    edit(SCHEDULER, original_inference_steps=times)(tmp_path / "student")
+    with pytest.raises(BadInput, match="original_inference_steps"):
+        load(str(tmp_path / "student"))
+
+
+def test_images_of_one_channel_are_refused_in_one_line(tmp_path):
+    with pytest.raises(BadInput, match="1 channels"):
+        load(str(save_parts(tmp_path, unet(in_channels=1, out_channels=1))))
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)

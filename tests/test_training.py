@@ -269,6 +269,44 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_another(flags, t
     assert status == 2 and "there is no other" in one_line(err)
 
 
+def test_checkpoints_of_a_run_that_was_left_do_not_outlive_the_new_ones(flags, tmp_path, call):
+    """The last one is damaged, and the run goes on from the one before. What it writes then is the latest."""
+    every = [*flags, "--checkpointing_steps", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call(distill.main, *every, "--output_dir", whole, "--checkpoints_total_limit", 3)[0] == 0
+    shutil.copytree(whole, out)
+    (out / "checkpoint-6/model.safetensors").write_bytes(b"torn")
+    again = [*every, "--output_dir", out, "--checkpoints_total_limit", "1"]
+    killed = python("-c", killed_at(6), *again, "--resume_from_checkpoint", f"{out}/checkpoint-4")
+    assert killed.returncode == -9
+    assert [path.name for path in training.checkpoints(out)] == ["checkpoint-5"]
+    assert call(distill.main, *again, "--resume_from_checkpoint", "latest")[0] == 0
+    assert_equal(everything(out), everything(whole))
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_replaced_unasked(flags, tmp_path, call):
+    out = tmp_path / "out"
+    assert call(distill.main, *flags, "--output_dir", out)[0] == 0
+    for checkpoint in training.checkpoints(out):
+        shutil.rmtree(checkpoint)
+    before = unchanged(out)
+    for more in ([], ["--resume_from_checkpoint", "latest"]):
+        status, _, err = call(distill.main, *flags, "--seed", 1, "--output_dir", out, *more)
+        assert status == 2 and "holds model_index.json of an earlier run: --overwrite" in one_line(err), err
+    folder = flags[1]
+    status, _, err = call(distill.main, *flags, "--output_dir", folder, "--overwrite")
+    assert status == 2 and "the teacher's own folder" in one_line(err), err
+    assert before == unchanged(out) and not teacher.load(folder).is_student
+    assert call(distill.main, *flags, "--output_dir", out, "--overwrite")[0] == 0
+
+
+def test_processes_that_begin_at_different_steps_are_refused(flags, tmp_path, call, monkeypatch):
+    """As on machines that share no disk: only one of them finds the checkpoint."""
+    monkeypatch.setattr(training, "gather_object", lambda steps: [4, *steps])
+    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "out")
+    assert status == 2 and "begin at steps [4, 0]" in one_line(err), err
+
+
 def test_a_checkpoint_may_have_any_name(flags, tmp_path, call):
     assert call(distill.main, *flags, "--output_dir", tmp_path / "whole")[0] == 0
     copy = shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "checkpoint-5000")
@@ -287,6 +325,7 @@ def test_after_a_resume_the_log_has_each_step_once(flags, tmp_path, call, kept):
     for path in training.checkpoints(out):
         if path.name not in kept:
             shutil.rmtree(path)
+    (out / "model_index.json").unlink()  # the run did not reach its end
     (out / "metrics.jsonl").write_bytes(
         log + b'{"step": 7, "loss": 0.1}\n' + b'{"step": 1\n' + b'\xff\0{"step": 8, "lo'
     )
