@@ -381,7 +381,7 @@ def main() -> None:
 
 def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:
     """How a row is named, in tables and pictures."""
-    times = f" from t = {', '.join(map(str, timesteps))}" if timesteps else ""
+    times = f" at t = {', '.join(map(str, timesteps))}" if timesteps else ""
     return ("1 step" if n == 1 else f"{n} steps") + times
 
 
