@@ -257,9 +257,9 @@ def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> 
 def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
     """The values of plots.SubPath: n trajectories of the PF-ODE from time N-1 to 0, and a sub-path of length k of one.
 
-    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. Of all sub-paths, one is shown that bends a lot:
-    the height of its middle over its chord in z = x/α, in chords, is the largest below a quarter (above, it is a
-    hairpin).
+    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. The sub-path that is shown is the most bent one:
+    its bend is the height of its middle over its chord in z = x/α, divided by the chord's length. Above a quarter it
+    would be a hairpin, and is left out.
     """
     last, denoise = len(model.schedule) - 1, functools.partial(model.predict, cond={})
     states = [torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device)]
