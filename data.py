@@ -95,7 +95,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
             if not full:
                 raise
-            _end(f"out of memory: a smaller batch needs less ({again})", 1)
+            less = "a smaller batch needs less; more --gradient_accumulation_steps keep a training's total the same"
+            _end(f"out of memory: {less}", 1)
         except KeyboardInterrupt:
             _end(f"interrupted, and nothing more was saved ({again})", 130)
 
@@ -618,7 +619,7 @@ def cache_pairs(
         what = ", ".join(f"{key} {there.get(key)}, not {wanted.get(key)}" for key in differing if key != "parts")
         refuse(differing, f"--cache_latents {folder} was made from {what or 'other parts'}: another folder please")
     elif rank == 0:
-        draft = target / f"cache.{os.getpid()}.tmp"
+        draft = target / "cache.json.tmp"
         draft.write_text(json.dumps(wanted, indent=2))
         draft.rename(index)
     missing = [(name, part) for name, part in parts[rank::world] if not (target / f"{name}.safetensors").exists()]
@@ -634,7 +635,7 @@ def cache_pairs(
             continue
         empty = [[torch.empty(0), torch.empty(0)]]  # for a part without usable pairs
         x0, cond = (torch.cat(tensors).contiguous() for tensors in zip(*encoded.pop(name, empty), strict=True))
-        draft = target / f"{name}.{os.getpid()}.tmp"  # two runs may fill one cache
+        draft = target / f"{name}.tmp"
         save_file({"x0": x0, "cond": cond}, draft)
         draft.rename(target / f"{name}.safetensors")
         bar.update()

@@ -185,9 +185,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     """Refuses what this teacher cannot do, before its student is trained."""
     times, network = len(teacher.schedule), teacher.network
-    # As long as the schedule, every sub-path would end at time 0, and the target would be the solver's own end: plain
+    # With k = N-1 or more every sub-path would end at time 0, and the target would be the solver's own end: plain
     # regression, and no longer consistency training.
-    refuse(args.k >= times, f"--k must be smaller than the teacher's {times} time steps")
+    refuse(args.k >= times - 1, f"--k must be smaller than {times - 1}, the teacher's last time")
     # The grid N-1, N-1-N/50, ... must consist of whole time steps, as that of diffusers' LCMScheduler does.
     refuse(times % args.num_ddim_timesteps, f"--num_ddim_timesteps must divide the teacher's {times} time steps")
     refuse(teacher.is_student, f"{teacher.name} is a student: --pretrained_teacher_model is to be what it came from")
@@ -380,7 +380,8 @@ def finish(
     save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
     record = folder / "metrics.json"
-    record.write_text(json.dumps(metrics, indent=2))  # a LoRA cannot be loaded without it
+    if not record.is_file() or args.overwrite:  # a LoRA cannot be loaded without it
+        record.write_text(json.dumps(metrics, indent=2))
     if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
         print_comparison(comparison)

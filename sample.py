@@ -168,6 +168,7 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     was trained further has the same name, so a sum of its weights is recorded too.
     """
     refuse(len(model.shape) == 1, "points are not kept in files")
+    check_steps(model, steps, sampler, options.get("timesteps", ()))  # before the record is written
     state, record = training.process(), writable_folder(folder) / "samples.json"
     sampler = sampler or default_sampler(model)
     # In float64, and kept to seven digits below: the order of a sum differs between devices, and so do its last digits.
@@ -346,6 +347,8 @@ def main() -> None:
         few = [len(args.timesteps)] if args.timesteps else args.steps or [4]
         steps = few if sampler == "lcm" else args.teacher_steps or [50]
         plan += [(model, sampler, n) for n in steps]
+        for n in steps:
+            check_steps(model, n, sampler, args.timesteps if sampler == "lcm" else ())
     samplers = {sampler for _, sampler, _ in plan}
     # A flag that no row can use is refused: silently ignored, it would seem to have had no effect.
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)

@@ -3,7 +3,8 @@
 "Eq. 12" below is the paper's Eq. 12, and docs/equations.md has all of them in one place. The file needs only torch.
 What belongs to this project and not to the paper says so where it stands: a solver of second order, a time in the place
 of γ for the network, the frequencies of the γ-embedding, the metric "huber_sample", several γ for each solved sub-path,
-a share of draws with γ = 1, and less fresh noise between steps. "Section 4.2.2" is the paper's; "section 2" is below.
+a share of draws with γ = 1, and in sampling less fresh noise or other times. "Section 4.2.2" is the paper's; "section
+2" is below.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
     2  The line that replaces a sub-path    Eq. 12-14, 20-28    sub_path_point
@@ -413,7 +414,7 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     Pseudo-Huber is quadratic below c and linear above, so that a few large errors do not dominate the gradient. By
     element, as in LCM's and SPLAM's code, these are errors of pixels, and it is nearly L1. By sample, as in iCT, which
     the paper cites, they are errors of samples. (iCT has c = 0.00054 in these units, and √D times the value for D
-    elements.)
+    elements.) "huber_sample" is an option of this project.
     """
     _check("metric", metric, METRICS)
     squared = (a.float() - b.float()).square()

@@ -34,7 +34,7 @@ import data
 import training
 from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
+LORA_FILE = training.MODEL_FILES[0]
 # What a LoRA adapts: attention, feed-forward and convolutions, as in diffusers' LCM-LoRA training script.
 LORA_TARGETS = """to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut
 downsamplers.0.conv upsamplers.0.conv time_emb_proj""".split()
@@ -362,7 +362,8 @@ class StableDiffusion(DiffusionModel):
         # process of a loader.
         self.tokenize = functools.partial(tokenize, pipeline.tokenizer)
         vae = type(pipeline.vae).__name__
-        data.refuse(vae != "AutoencoderKL", f"{name} has an {vae}: an AutoencoderKL is needed")
+        known = vae in ("AutoencoderKL", "AsymmetricAutoencoderKL")
+        data.refuse(not known, f"{name} has an {vae}: an AutoencoderKL is needed")
         data.refuse(self.null_label is not None, f"{name} takes classes besides texts, which no data here has")
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
@@ -503,7 +504,7 @@ def save(model: DiffusionModel, folder: Path) -> None:
     What `load` looks for first is removed first and comes last, so that a folder that has it is whole, and never a
     mixture of two models. OSError if it cannot be written.
     """
-    draft, marks = folder / "pipeline.tmp", (LORA_FILE, "model_index.json")
+    draft, marks = folder / "pipeline.tmp", training.MODEL_FILES
     with training.writing(folder):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -584,7 +585,7 @@ def _load_lora(folder: Path) -> DiffusionModel:
     data.refuse(not record.is_file(), f"{folder} holds a LoRA but no metrics.json, {reason}")
     configuration = data.read_json(record)["configuration"]
     pipeline = load(configuration["pretrained_teacher_model"]).pipeline
-    if resolution := configuration["resolution"]:  # at which it was distilled, if that is not the teacher's own
+    if resolution := configuration.get("resolution"):  # at which it was distilled, if that is not the teacher's own
         pipeline.unet.register_to_config(sample_size=resolution // pipeline.vae_scale_factor)
     pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other

@@ -53,6 +53,9 @@ from tqdm import tqdm
 from data import BadInput, EndlessBatches, Shards, read_json, refuse, writable_folder
 
 log = logging.getLogger("training")
+# One of these makes a folder a finished model for teacher.py: the name that pipe.load_lora_weights looks for, or that
+# of a pipeline's index.
+MODEL_FILES = ("pytorch_lora_weights.safetensors", "model_index.json")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -97,7 +100,7 @@ def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable
     return parse
 
 
-# Sizes and numbers of steps fit into 31 bits: beyond them PyTorch raises errors of its own.
+# Batches and numbers of steps fit into 31 bits: beyond them PyTorch raises errors of its own.
 positive = number(int, lambda n: 0 < n < 2**31, "positive, and below 2**31")
 count = number(int, lambda n: 0 <= n < 2**31, "a whole number, 0 or more, and below 2**31")
 workers = number(int, lambda n: 0 <= n <= 256, "from 0 to 256")  # each has the whole program in its memory
@@ -482,7 +485,7 @@ class Run:
         """Starts anew, or from a checkpoint; refuses to train over an earlier run that nobody spoke of."""
         args, earlier, path = self.args, checkpoints(self.folder), self.args.resume_from_checkpoint
         # A model whose checkpoints are gone, or one that was downloaded: its weights would be replaced.
-        finished = [*self.folder.glob("*.safetensors"), *self.folder.glob("model_index.json")]
+        finished = [self.folder / name for name in MODEL_FILES if (self.folder / name).is_file()]
         contradiction = args.overwrite and path not in (None, "latest")
         refuse(contradiction, f"--overwrite starts anew, and --resume_from_checkpoint {path} does not")
         if args.overwrite:  # the two waits: nobody deletes before all have looked, nobody writes before all is deleted
@@ -499,7 +502,9 @@ class Run:
                 # The same command a second time: there is nothing left to train, and its results are made again.
                 log.warning("%s holds this run, finished: --overwrite trains it anew", self.folder)
                 path = earlier[-1]
-        if path:
+        # From a checkpoint of another folder a run may begin, but not over what lies in its own.
+        elsewhere = path and Path(path).resolve().parent != self.folder.resolve()
+        if path and not (elsewhere and (earlier or finished)):
             self._resume(Path(path))
         elif earlier or finished:
             ways = "--resume_from_checkpoint latest goes on with it, " if earlier else ""

@@ -180,6 +180,7 @@ def test_bad_flags_end_in_one_line_and_status_2(points, images, tmp_path, call):
         (["--pretrained_teacher_model", tmp_path / "empty"], "no pipeline folder"),
         (["--pretrained_teacher_model", points, "--k", 50], "--k 50 is no multiple of --solver_step 20"),
         (["--pretrained_teacher_model", points, "--k", 2000], "--k must be smaller"),
+        (["--pretrained_teacher_model", points, "--k", 999, "--solver_step", 333], "--k must be smaller than 999"),
         (["--pretrained_teacher_model", points, "--num_ddim_timesteps", 30], "--num_ddim_timesteps must divide"),
         (["--pretrained_teacher_model", points, "--gamma_draws", 2, "--ode", "lcm"], "--gamma_draws"),
         (["--pretrained_teacher_model", points, "--gamma_at_one", 1], "--gamma_at_one must be in [0, 1)"),

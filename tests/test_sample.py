@@ -101,6 +101,7 @@ def test_times_of_ones_own_are_those_of_diffusers_lcm(model, tmp_path, call):
     assert (wanted != to_pixels(sample.sample(model, [5], 3, "lcm"))[0]).any()
     flags = ["--scheduler", "lcm", "--seed", 5, "--num_images", 1, "--timesteps", *times]
     folder, grid = tmp_path / "folder", tmp_path / "grid.png"
+    assert call(sample.main, model.name, *flags[:-1], 500, "--out", folder)[0] == 2  # off the grid, and leaves nothing
     for out, image in ((folder, folder / "000005.png"), (grid, grid)):
         assert call(sample.main, model.name, *flags, "--out", out)[0] == 0
         assert np.abs(np.asarray(Image.open(image)).astype(int) - wanted).max() <= 1

@@ -293,6 +293,11 @@ def test_a_model_whose_checkpoints_are_gone_is_not_replaced_unasked(flags, tmp_p
     for more in ([], ["--resume_from_checkpoint", "latest"]):
         status, _, err = call(distill.main, *flags, "--seed", 1, "--output_dir", out, *more)
         assert status == 2 and "holds model_index.json of an earlier run: --overwrite" in one_line(err), err
+    # Nor by a run that begins from another folder's checkpoint.
+    assert call(distill.main, *flags, "--output_dir", tmp_path / "other")[0] == 0
+    begins = ["--resume_from_checkpoint", tmp_path / "other/checkpoint-4"]
+    status, _, err = call(distill.main, *flags, "--output_dir", out, *begins)
+    assert status == 2 and "of an earlier run" in one_line(err), err
     folder = flags[1]
     status, _, err = call(distill.main, *flags, "--output_dir", folder, "--overwrite")
     assert status == 2 and "the teacher's own folder" in one_line(err), err
