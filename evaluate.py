@@ -423,6 +423,7 @@ def table(args: argparse.Namespace) -> None:
     """
     prompts = read_prompts(args.prompts)  # what is no file comes back as it is
     refuse(args.protocol and prompts == args.prompts, "a --protocol needs its captions: --prompts FILE, one a line")
+    refuse(args.num_samples == 1, "--num_samples must be 2 or more: distances compare many samples, and MMD pairs")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = read_json(record).get("configuration") if record.is_file() else {}
@@ -543,7 +544,7 @@ def parser() -> training.Parser:
     flag("--features", default="inception", help='"inception", or a file of toy/features.py')
     flag("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
     flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
-    flag("--num_samples", type=training.two_or_more, default=5000, help="a row")
+    flag("--num_samples", type=training.positive, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
     sample.add_student_arguments(t)
     add_arguments(t)

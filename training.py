@@ -504,6 +504,8 @@ class Run:
                 path = earlier[-1]
         # From a checkpoint of another folder a run may begin, but not over what lies in its own.
         elsewhere = path and Path(path).resolve().parent != self.folder.resolve()
+        if elsewhere:
+            self._differences(Path(path))  # refuses what is no checkpoint at all, which is to be said first
         if path and not (elsewhere and (earlier or finished)):
             self._resume(Path(path))
         elif earlier or finished:
