@@ -103,6 +103,8 @@ def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None, t
     if timesteps:
         refuse(sampler != "lcm", f"--timesteps are for lcm: {sampler} has its own")
         grid = few_step_times(limit, len(model.schedule), limit)
+        # Nothing would fail without this: a network answers at any time, and at a first time below N-1 pure noise is
+        # taken for less than it is. The samples would only be bad.
         falling = sorted(set(timesteps), reverse=True) == list(timesteps)
         right = falling and timesteps[0] == grid[0] and set(timesteps) <= set(grid) and len(timesteps) == steps
         known = f"{', '.join(map(str, grid[:3]))}, ... {grid[-1]}"
@@ -347,6 +349,8 @@ def main() -> None:
         few = [len(args.timesteps)] if args.timesteps else args.steps or [4]
         steps = few if sampler == "lcm" else args.teacher_steps or [50]
         plan += [(model, sampler, n) for n in steps]
+        # Checked here and not when its turn comes, since the rows before it may take hours. A teacher beside students
+        # keeps its own times.
         for n in steps:
             check_steps(model, n, sampler, args.timesteps if sampler == "lcm" else ())
     samplers = {sampler for _, sampler, _ in plan}
@@ -375,7 +379,9 @@ def main() -> None:
         else:
             folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
             sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, timesteps=timesteps, **options)
-    if len(rows) == 1:  # nothing to compare with, so several rows of the same model, or a square
+    # A model alone has nothing to be compared with. By default its grid has whole rows of all classes; any other number
+    # of images is shown in a square.
+    if len(rows) == 1:
         picture(*rows.values(), columns=round(number**0.5) if args.num_images else columns).save(out)
     elif rows:
         overview(model, rows).save(out)
