@@ -380,7 +380,9 @@ def finish(
     save(student, folder)  # first: whatever happens below, the student is there
     metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
     record = folder / "metrics.json"
-    if not record.is_file() or args.overwrite:  # a LoRA cannot be loaded without it
+    # Also before the table, which may fail: a LoRA cannot be loaded without it. A repeated command keeps what it finds,
+    # for that has the table's rows.
+    if not record.is_file() or args.overwrite:
         record.write_text(json.dumps(metrics, indent=2))
     if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)

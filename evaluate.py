@@ -352,7 +352,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
     for name, model, n, _ in plan:  # all are checked before the first takes its time
-        sample.check_steps(model, n, None, evaluation.student_options(model, n)["timesteps"])
+        sample.check_steps(model, n, timesteps=evaluation.student_options(model, n)["timesteps"])
         refuse(model.kind != teacher.kind, f"{name} makes {model.kind}, and its teacher {teacher.kind}")
         refuse(model.null_label != teacher.null_label, f"{name} and its teacher know different numbers of classes")
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))

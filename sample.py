@@ -170,7 +170,6 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     was trained further has the same name, so a sum of its weights is recorded too.
     """
     refuse(len(model.shape) == 1, "points are not kept in files")
-    check_steps(model, steps, sampler, options.get("timesteps", ()))  # before the record is written
     state, record = training.process(), writable_folder(folder) / "samples.json"
     sampler = sampler or default_sampler(model)
     # In float64, and kept to seven digits below: the order of a sum differs between devices, and so do its last digits.
@@ -310,7 +309,7 @@ def add_student_arguments(parser: training.Parser) -> None:
     # The paper's 1 is the default, and what a perfect student needs; splam.py, section 5, has the reason.
     eta_help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
     parser.add_argument("--eta", type=training.fraction, default=1.0, help=eta_help)
-    # LCM's times suit the noise schedule of Stable Diffusion. docs/images.md shows what others do for another one.
+    # LCM's times were chosen for Stable Diffusion's schedule. docs/images.md has measured others on another one.
     times_help = "of a student's steps, falling, in the place of --steps (default: LCM's times, evenly spaced)"
     parser.add_argument("--timesteps", type=training.count, nargs="+", default=[], help=times_help)
 
@@ -346,19 +345,19 @@ def main() -> None:
     for name in args.models:  # all are loaded, and so all names checked, before hours of sampling begin
         model = load(name).to(training.process().device)
         sampler = args.scheduler or default_sampler(model)
-        few = [len(args.timesteps)] if args.timesteps else args.steps or [4]
-        steps = few if sampler == "lcm" else args.teacher_steps or [50]
-        plan += [(model, sampler, n) for n in steps]
-        # Checked here and not when its turn comes, since the rows before it may take hours. A teacher beside students
-        # keeps its own times.
-        for n in steps:
-            check_steps(model, n, sampler, args.timesteps if sampler == "lcm" else ())
+        timesteps = args.timesteps if sampler == "lcm" else []  # a teacher beside students keeps its own times
+        few = [len(timesteps)] if timesteps else args.steps or [4]
+        # Checked here and not when its turn comes: the rows before it may take hours, and a folder's record is written
+        # before its images.
+        for n in few if sampler == "lcm" else args.teacher_steps or [50]:
+            check_steps(model, n, sampler, timesteps)
+            plan.append((model, sampler, n))
     samplers = {sampler for _, sampler, _ in plan}
     # A flag that no row can use is refused: silently ignored, it would seem to have had no effect.
     misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
     refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
-    few = args.steps or args.timesteps
-    refuse("lcm" not in samplers and few, "--steps and --timesteps are for students; a teacher takes --teacher_steps")
+    misplaced = "lcm" not in samplers and (args.steps or args.timesteps)
+    refuse(misplaced, "--steps and --timesteps are for students; a teacher takes --teacher_steps")
     refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
     several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
     refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")

@@ -513,6 +513,8 @@ class Run:
             ways += "--overwrite starts anew"
             holds = f"{self.folder} holds {(earlier or finished)[-1].name} of an earlier run"
             raise BadInput(f"{holds}: {ways}, another --output_dir keeps both")
+        # Each process has looked for checkpoints on its own machine. If they began at different steps, gradients of
+        # different weights would be averaged, without an error.
         places = gather_object([self.step])
         apart = len(set(places)) > 1
         refuse(apart, f"processes begin at steps {places}: do all machines share the disk of {self.folder}?")
