@@ -1,0 +1,97 @@
+"""What this project found to help and the paper does not have. Each part takes the place of one of splam.py's.
+
+    time           ToldTheTime    for SubPathStudent: the network is told a time t' instead of γ
+    half           half_at_one    for draw: half of the γ are 1
+    second_order   second_order   for multiple_estimation: one step of second order instead of several of first order
+
+`distill.py --improved` puts in all three, `--improved time` one of them. experiments/README.md has what each is worth.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from splam import ConsistencyFunction, Denoiser, Draws, Schedule, draw
+
+
+def time_at(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The real-valued time t' (B,) at which the process has the noise-to-signal ratio ρ = σ/α of (B, 1, ...) tensors.
+
+    Between integer times it is linear in log ρ, which runs more evenly with time than ρ itself (0.03 to 15 with Stable
+    Diffusion's schedule), so that the interpolation is accurate everywhere.
+    """
+    table = (schedule.sigma / schedule.alpha.clamp_min(1e-20)).log().to(alpha.device)  # α may be 0 at the last time
+    log_ratio = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
+    after = torch.searchsorted(table, log_ratio).clamp(1, len(schedule) - 1)
+    before = after - 1
+    return before + (log_ratio - table[before]) / (table[after] - table[before])
+
+
+class ToldTheTime(ConsistencyFunction):
+    """The network is told the time t' that has the noise-to-signal ratio of x_γ, instead of an embedding of γ.
+
+    Why it helps: x_γ, scaled to α² + σ² = 1, has the signal and the noise of the diffusion process at t'. The teacher's
+    weights know what to do there, so nothing new must be learnt and training is much faster.
+
+    What it costs: a bias. (t, γ) names one sub-path and t' forgets which: several sub-paths pass through each t' and ask
+    for different things there, so a student that has converged is too blurred (docs/equations.md, note 16). It needs the
+    linear σ, since t' is computed from σ_γ. It needs a network that takes times between the integers.
+    """
+
+    def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+        """x scaled to α² + σ² = 1, its time t', and its signal and noise after scaling."""
+        scale = (alpha**2 + sigma**2).rsqrt()
+        return x * scale, time_at(self.schedule, alpha, sigma), alpha * scale, sigma * scale
+
+
+def half_at_one(*arguments) -> Draws:
+    """splam.draw with half of the γ at 1.
+
+    Why it helps: sampling happens at γ = 1, and uniform draws come near it rarely. It is also where the student is asked
+    farthest from its target. What it costs: the easy tasks near γ = 0, which prepare the hard ones, come half as often.
+    """
+    draws = draw(*arguments)
+    return draws._replace(gamma=(2 * draws.gamma).clamp_max(1))
+
+
+@torch.no_grad()
+def second_order(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor, k: int, solver_step: int
+) -> Tensor:
+    """x̂_s from x_t by k / `solver_step` steps of DPM-Solver++(2S), two calls of the teacher each.
+
+    Why it helps: with k = 100 a single such step costs two calls instead of five, and is more accurate than five DDIM
+    steps in the middle of the way. What it costs: near the data it is less accurate; and where α_T is 0 the first
+    sub-path is infinitely long in λ = log(α/σ), and there it gains nothing.
+
+    How it works: divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM, Euler's method for it, takes
+    x_0 at the start of the step for constant. x_0 in the middle is a better constant. So a DDIM step goes half of the
+    way in λ, the teacher is asked there, and a second DDIM step goes the whole way with that x_0.
+    """
+
+    def log_ratio(time: Tensor) -> Tensor:
+        alpha, sigma = schedule.at(time, x.ndim)
+        return (alpha.clamp_min(1e-20) / sigma).log()  # λ; α may be 0 at the last time
+
+    for _ in range(math.ceil(k / solver_step)):
+        t_next = torch.maximum(t - solver_step, s)
+        (alpha_t, sigma_t), (alpha, sigma) = schedule.at(t, x.ndim), schedule.at(t_next, x.ndim)
+        # Teachers know integer times only, so the second call is near the middle and not at it, and at least one time
+        # away from the start.
+        middle = time_at(schedule, (alpha_t * alpha).sqrt(), (sigma_t * sigma).sqrt()).round().long()
+        middle = torch.maximum(torch.minimum(middle, t - 1), t_next)
+        x0, eps = denoise(x, t)
+        alpha_m, sigma_m = schedule.at(middle, x.ndim)
+        x0_m, _ = denoise(alpha_m * x0 + sigma_m * eps, middle)
+        # A line through both values of x_0 is read at the true middle.
+        begin, end = log_ratio(t), log_ratio(t_next)
+        x0 = x0 + (x0_m - x0) * (end - begin) / (2 * (log_ratio(middle) - begin))
+        # DDIM with that x_0, and the ε that belongs to it at the step's start. What has arrived at s stays there.
+        moved = alpha * x0 + sigma * (x - alpha_t * x0) / sigma_t
+        x, t = torch.where((t_next < t).view(alpha.shape), moved, x), t_next
+    return x
+
+
+# What each name of --improved puts in the place of which part of the method.
+PARTS = {"time": {"student": ToldTheTime}, "half": {"draw": half_at_one}, "second_order": {"solver": second_order}}
