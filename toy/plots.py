@@ -1,6 +1,7 @@
-"""All plotting of the 2-D laboratory. Each function returns a PIL image."""
+"""Plots of the 2-D toy and of the experiments. Each function returns a PIL image, made to be read 830 pixels wide."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,21 +15,27 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
-LIMIT = 1.6  # half the width of a panel, in data units
+from splam import Denoiser, Schedule, multiple_estimation, sub_path_point
+
+# Ten colours that people with any colour vision can tell apart (Petroff 2021). Lines and markers differ as well.
+plt.style.use(["petroff10", {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}])
+LINES, MARKERS = ["-", "--", ":", "-."], "os^Dvx*"
+WIDTH = 8.3  # inches, at 100 pixels an inch on a page: 9 points are then 12 pixels
+LIMIT = 1.6  # half the width of a panel of points, in data units
 
 
 def _rendered(figure: plt.Figure) -> Image.Image:
     """The figure as a picture. It is closed: matplotlib would keep it in memory."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer, dpi=160)
     plt.close(figure)
     return Image.open(buffer)
 
 
 def _scatter(axis: plt.Axes, points: Tensor, title: str) -> None:
     """All panels of points show the same square, so that they can be compared."""
-    axis.scatter(*points.T, s=1.5, alpha=0.5, linewidths=0, color="tab:blue")
-    title = textwrap.fill(title, 32)  # what is longer would reach into the next panel
+    axis.scatter(*points.T, s=1.2, alpha=0.5, linewidths=0)
+    title = textwrap.fill(title, 18)  # what is longer would reach into the next panel
     axis.set(title=title, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
 
 
@@ -39,98 +46,113 @@ def scatter(points: Tensor) -> Image.Image:
     return _rendered(figure)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture: what models make of noise, and below it the PF-ODE with a sub-path and its line
+# ---------------------------------------------------------------------------------------------------------------------
+
+GAMMAS = torch.tensor([0, 0.25, 0.5, 0.75, 1])  # the points of the line that are marked
+
+
 class SubPath(NamedTuple):
-    """What `overview` draws of the PF-ODE: whole trajectories (times, n, 2); and of one of them, a sub-path from x_t
-    to x_s with its signal α (times, 1), and the line x_γ (γs, 2) from r x_s to x_t."""
+    """Trajectories of the PF-ODE from noise to data; the one at place `which` has the sub-path from time t to s."""
 
-    trajectories: Tensor
-    piece: Tensor
-    alpha: Tensor
-    line: Tensor
-    title: str
+    x: Tensor  # (N, n, 2); place p in the first dimension is time N-1-p
+    alpha: Tensor  # (N, 1), the signal at each place
+    which: int
+    t: int
+    s: int
+    line: Tensor  # x_γ at GAMMAS, from r x_s to x_t
 
 
-def overview(panels: dict[str, Tensor], sub_path: SubPath) -> Image.Image:
-    """A panel for each named batch of points, one of trajectories, and two of a sub-path: in x and in z = x/α."""
-    columns = max(3, (len(panels) + 4) // 2)  # two rows, for the batches and three more panels
-    figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6.2), layout="constrained")
+@torch.no_grad()
+def sub_path(denoise: Denoiser, schedule: Schedule, noise: Tensor, k: int) -> SubPath:
+    """The trajectories that begin in `noise` (n, 2), and the sub-path of length k that shows best what its line is.
+
+    DDIM steps of length 1 are the PF-ODE, as far as the eye can tell. How far a sub-path bends is how high it rises over
+    its chord in z = x/α. Multiplied by α, that is a length in the plane of x. The sub-path that rises highest is shown.
+    What turns back on itself, higher than 0.4 of its chord, is left out: there the chord means nothing to the eye.
+    """
+    states, last = [noise], len(schedule) - 1
+    for time in range(last, 0, -1):
+        t = torch.full((len(noise),), time, device=noise.device)
+        states.append(multiple_estimation(denoise, schedule, states[-1], t, t - 1, k=1, solver_step=1))
+    x, alpha = torch.stack(states).cpu(), schedule.alpha.cpu().flip(0)[:, None]
+    k = min(k, last)
+    begins = torch.arange(0, last - k + 1, 5)[:, None]
+    pieces = (x / alpha[..., None])[begins + torch.arange(0, k + 1, max(1, k // 10))]  # (begins, points, n, 2)
+    chord, rise = pieces[:, -1:] - pieces[:, :1], pieces - pieces[:, :1]
+    length = chord.norm(dim=3)
+    height = (chord[..., 0] * rise[..., 1] - chord[..., 1] * rise[..., 0]).abs() / length
+    height, length = height.amax(1), length[:, 0]
+    best = torch.where(height < 0.4 * length, height * alpha[begins[:, 0]], 0).argmax()
+    begin, which = int(begins[best // len(noise)]), int(best % len(noise))
+    t = torch.full((len(GAMMAS),), last - begin)
+    ends = x[begin, which].expand(len(t), 2), x[begin + k, which].expand(len(t), 2)
+    line = sub_path_point(*ends, t, t - k, GAMMAS, schedule, "sl", "linear").x
+    return SubPath(x, alpha, which, last - begin, last - begin - k, line)
+
+
+def overview(panels: dict[str, Tensor], path: SubPath) -> Image.Image:
+    """A panel for each named batch of points (n, 2), at most six in a row. Below them the PF-ODE, whole, and one of its
+    sub-paths close up: in x, and in z = x/α."""
+    rows = math.ceil(len(panels) / 6)
+    columns = math.ceil(len(panels) / rows)
+    heights = [rows * (min(WIDTH / columns, 2.8) + 0.35), 3.1]
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, height_ratios=heights)
+    axes = above.subplots(rows, columns, squeeze=False)
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
         _scatter(axis, points, title)
-    whole, in_x, in_z, *unused = axes.flat[len(panels) :]
-    whole.plot(*sub_path.trajectories.movedim(2, 0), color="tab:blue", lw=1)
-    whole.plot(*sub_path.piece.T, color="black", lw=3)
-    whole.set(title="PF-ODE, and one sub-path", aspect="equal", xticks=[], yticks=[])
-    for axis, name, scale in ((in_x, "x", sub_path.alpha**0), (in_z, "z", sub_path.alpha)):
-        # In x the line starts at r x_s, beside the PF-ODE; in z, where r is divided out, it is a chord of the
-        # PF-ODE's curve.
-        piece, line = sub_path.piece / scale, sub_path.line / scale[0]  # all of the line has the signal of its start
-        axis.plot(*piece.T, color="black", lw=2, label="PF-ODE")
-        axis.plot(*line.T, color="tab:red", marker=".", ms=5, lw=1, label="line, γ = 0, 0.1 … 1")
-        ends = {f"{name}_t": piece[0], f"{name}_s": piece[-1]} | ({"r x_s": line[0]} if name == "x" else {})
-        for label, point in ends.items():
-            axis.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=9)
-        title = f"{sub_path.title} in {'x' if name == 'x' else 'z = x/α'}"
-        # A sub-path may be long and thin. So the axis shows more of the plane around it, in the panel's own shape.
-        axis.set(title=title, xticks=[], yticks=[], adjustable="datalim", aspect="equal")
-        axis.legend(loc="best", fontsize=7, frameon=False)
-    for axis in unused:
-        axis.set_axis_off()
+    for unused in axes.flat[len(panels) :]:
+        unused.set_axis_off()
+    whole, in_x, in_z = below.subplots(1, 3)
+    whole.plot(*path.x.movedim(2, 0), color="C3", lw=0.8)
+    whole.plot(*path.x[-1].T, "C3o", ms=3)
+    whole.set(title="PF-ODE, from noise to data (dots)", aspect="equal", xticks=[], yticks=[])
+    _close_up(in_x, path, "x")
+    _close_up(in_z, path, "z")
+    # Where in the plane the close-up is.
+    piece = path.x[len(path.x) - 1 - path.t : len(path.x) - path.s, path.which]
+    whole.plot(*path.x[:, path.which].T, color="C0", lw=1)
+    whole.plot(*piece.T, color="C0", lw=4)
+    whole.indicate_inset(bounds=(*in_x.viewLim.p0, *in_x.viewLim.size), edgecolor="black", alpha=1)
+    handles, names = in_x.get_legend_handles_labels()
+    below.legend(handles, names, loc="outside lower right", ncols=2)
     return _rendered(figure)
 
 
-class Panel(NamedTuple):
-    """Curves with a spread: {name: (x, mean, deviation or None)}, each (n,)."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
-    xscale: str = "linear"
-    yscale: str = "log"
-    ticks: Sequence[float] | None = None  # of x
-
-
-def curves(*panels: Panel) -> Image.Image:
-    """The panels side by side, each with the names of its curves below."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.4), layout="constrained", squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        for i, (name, (x, mean, deviation)) in enumerate(panel.series.items()):
-            # matplotlib has ten colours. A marker shows where a short curve was measured.
-            style = {"color": f"C{i % 10}", "marker": "." if len(x) < 20 else None, "ls": "--" if i > 9 else "-"}
-            axis.plot(x, mean, label=name, **style)
-            if deviation is not None:
-                mean, deviation = torch.as_tensor(mean), torch.as_tensor(deviation)
-                axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
-        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
-        if panel.ticks:
-            axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
-            axis.set_xticks([], minor=True)
-        if panel.yscale == "log":  # 1, 2 and 5 of each power of ten, written out: errors span little more than one
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
-        # The legend is below the axis, where it hides no curve.
-        columns = max(1, min(3, 102 // (6 + max(map(len, panel.series)))))  # as many names as fit below an axis
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, frameon=False, fontsize=7)
-    return _rendered(figure)
+def _close_up(axis: plt.Axes, path: SubPath, name: str) -> None:
+    """One sub-path with its line. In x the line ends in r x_s, beside x_s. In z, where r is divided out, it ends in z_s:
+    it is a chord of the curve."""
+    begin, end = len(path.x) - 1 - path.t, len(path.x) - 1 - path.s
+    curve, line = path.x[:, path.which], path.line
+    if name == "z":
+        curve, line = curve / path.alpha, line / path.alpha[begin]  # all of the line has the signal of its start
+    piece = curve[begin : end + 1]
+    axis.plot(*curve.T, color="C3", lw=1)
+    axis.plot(*piece.T, color="C0", lw=3, label=f"PF-ODE from t = {path.t} to s = {path.s}")
+    axis.plot(*line.T, color="C2", lw=1.5, ls="--", marker="o", ms=5, label=r"line $x_\gamma$, with its $\gamma$")
+    axis.plot(*piece[-1], "C0s", ms=7)
+    # A square around both, so that the panel's shape does not bend anything.
+    both = torch.cat([piece, line])
+    middle, half = (both.amax(0) + both.amin(0)) / 2, 0.68 * (both.amax(0) - both.amin(0)).max()
+    limits = torch.stack([middle - half, middle + half], 1).tolist()
+    axis.set(title="in x" if name == "x" else "in z = x/α", aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=limits[0], ylim=limits[1])
+    # Every γ beside its point, on the side of the line that the curve leaves free; names of the ends outside of all.
+    along = line[-1] - line[0]
+    across = torch.stack([-along[1], along[0]]) / along.norm()
+    across = across * -((piece.mean(0) - line.mean(0)) @ across).sign()
+    along = along / along.norm()
+    for gamma, point in zip(GAMMAS.tolist(), line, strict=True):
+        _write(axis, f"{gamma:g}", point, 13 * across, "C2")
+    _write(axis, f"${name}_t$", line[-1], 14 * along, "black")
+    if name == "x":
+        _write(axis, "$r x_s$", line[0], -16 * along, "black")
+    _write(axis, f"${name}_s$", piece[-1], -14 * along if name == "z" else 14 * (piece[-1] - line[0]).sign(), "black")
 
 
-def dots(summary: dict[str, dict[str, tuple[float, float]]], columns: Sequence[str]) -> Image.Image:
-    """A panel for each column of {name: {column: (mean, deviation)}}, with a line for each name."""
-    size = (2.2 + 3 * len(columns), 0.9 + 0.24 * len(summary))  # inches: room for names, and for lines of text
-    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, column in zip(axes.flat, columns, strict=True):
-        mean, deviation = zip(*(values[column] for values in summary.values()), strict=True)
-        axis.errorbar(mean, list(summary), xerr=deviation, fmt=".", color="tab:blue", ecolor="tab:gray", capsize=2)
-        axis.set(title=column, xlim=(0, None))
-        axis.grid(axis="y", alpha=0.3)
-    axes.flat[0].invert_yaxis()  # the axis is shared by all panels; the first name comes first
-    return _rendered(figure)
-
-
-def below(*pictures: Image.Image) -> Image.Image:
-    """One picture of several, one below the other."""
-    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    return whole
+def _write(axis: plt.Axes, text: str, point: Tensor, offset: Tensor, color: str) -> None:
+    """A text near a point, `offset` printer's points away."""
+    where = {"xytext": offset.tolist(), "textcoords": "offset points", "ha": "center", "va": "center"}
+    axis.annotate(text, point.tolist(), color=color, **where)
