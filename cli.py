@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 # torch.load can run code that a file contains. This makes every call refuse such files, those inside libraries too.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -59,7 +59,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
             if not full:
                 raise
-            _end("out of memory: a smaller batch needs less, more --gradient_accumulation_steps make up for it", 1, error)
+            _end(
+                "out of memory: a smaller batch needs less, more --gradient_accumulation_steps make up for it", 1, error
+            )
         except KeyboardInterrupt as error:
             _end("interrupted: --resume_from_checkpoint latest goes on with training", 130, error)
 
@@ -69,6 +71,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 def _end(why: str, status: int, error: BaseException) -> NoReturn:
     if os.environ.get("SPLAM_TRACEBACK"):
         raise error
+    for bar in list(getattr(tqdm, "_instances", [])):  # so that the line stands below what they have drawn
+        bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {why}", file=sys.stderr)
     # In one process of several, an exception would be shown once more by the launcher, with its traceback.
     sys.exit(status)
@@ -102,14 +106,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
-    """A type for argparse: a finite number that is `allowed`, or the error that it "must be `words`"."""
+    """A type for argparse: a number that is `allowed`, which nan never is, or the error that it "must be `words`"."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not allowed(value):
+            value = float("nan")
+        if not allowed(value):
             raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
         return value
 

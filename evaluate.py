@@ -1,6 +1,6 @@
 """How good is a student? Two programs:
 
-    python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood, time
+    python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood
     python evaluate.py error MODEL ...       the approximated error of Fig. 2(c), by time step
 
 Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's
@@ -10,36 +10,42 @@ from the end of the teacher's trajectory from the same noise.
 """
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import logging
 import math
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from timeit import default_timer, repeat
 from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from tqdm import tqdm, trange
 
+import cli
 import sample
 import training
-from data import BadInput, centre_square, program, read_json, read_prompts, reference_set, refuse, to_range
-from sample import add_arguments, n_steps, overview, preview, read_png, sample_batches, sample_to_folder, to_pixels
+from cli import BadInput, refuse
+from data import centre_square, reference_set, to_range
+from splam import distance, multiple_estimation
 from teacher import DiffusionModel, load
+
+log = logging.getLogger("evaluate")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
 #
-# A measure is an object with three members. `update(samples, prompts)` takes in a batch, so that sets of any size can
-# be measured: points (B, 2), or uint8 images (B, 3, H, W); and what they were made from, texts or numbers of classes.
-# `result()` returns the measured numbers by column of the table, and forgets what was taken in, so that the next set
-# can begin. `name` is what is said below the table.
+# A measure is called with batches of samples, points (B, 2) or uint8 images (B, 3, H, W), and with what
+# each of them was asked to show: a text, or the number of a class (of data: nothing). It returns columns of the table.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -54,158 +60,174 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 
     # float64: cdist takes the difference of large squares, which float32 would round away for close points.
     cost = torch.cdist(a.double(), b.double()).square().numpy()
-    rows, columns = linear_sum_assignment(cost)
-    return math.sqrt(cost[rows, columns].mean())
+    return math.sqrt(cost[linear_sum_assignment(cost)].mean())
 
 
-def mmd(a: Tensor, b: Tensor) -> float:
-    """RBF maximum mean discrepancy of two sets of points (n, d), averaged over the bandwidths 0.1, 0.3 and 1.
-
-    A kernel average compares a point with all others at once, weighted by exp(-distance²/(2 bandwidth²)).
-    W2 asks how far points must be moved, MMD whether kernel averages differ. Where few points are far off, W2 sees it
-    first; where densities are slightly wrong everywhere, MMD does.
-
-    Unbiased before the root is taken; so of two samples of the same data it may be negative, and then 0 is returned.
-    """
-    n, total = len(a), 0.0
-    aa, bb, ab = (torch.cdist(p.double(), q.double()).square() for p, q in ((a, a), (b, b), (a, b)))
-    for bandwidth in (0.1, 0.3, 1.0):
-        kernel_aa, kernel_bb, kernel_ab = ((-d / (2 * bandwidth**2)).exp() for d in (aa, bb, ab))
-        inside = (kernel_aa.sum() + kernel_bb.sum() - 2 * n) / (n * (n - 1))  # without each point's 1 with itself
-        total += (inside - 2 * kernel_ab.mean()).item() / 3
-    return max(total, 0.0) ** 0.5
+def point_distance(reference: Tensor, batches: Sequence[Tensor], prompts: Sequence) -> dict[str, float]:
+    """W2 to the reference points."""
+    samples = torch.cat(list(batches))
+    n = min(len(samples), len(reference), 2048)  # the assignment's time grows with n³
+    return {"W2": wasserstein2(samples[:n], reference[:n])}
 
 
-class PointDistances:
-    """W2 and MMD of 2-D points (B, 2) to reference points."""
+class FrechetDistance:
+    """The Fréchet distance of a network's features to those of the reference images, by torchmetrics:
+    |μ_a - μ_b|² + tr(A + B - 2 √(A B)) of both sets' means and covariances, in features squared.
 
-    name = "features: the points themselves"
-
-    def __init__(self, reference: Tensor):
-        self.reference, self.batches = reference, []
-
-    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
-        self.batches.append(samples)
-
-    def result(self) -> dict[str, float]:
-        samples, self.batches = torch.cat(self.batches), []
-        n = min(len(samples), len(self.reference), 2048)  # the assignment's time grows with n³
-        reference = self.reference[:n]
-        return {"W2": wasserstein2(samples[:n], reference), "MMD": mmd(samples[:n], reference)}
-
-
-class ImageFeatures:
-    """What a network sees in uint8 images (B, 3, H, W): the Fréchet distance of its features to the reference images';
-    and, if it is a classifier, how often it sees the class that was asked for, by a text that names it or by number.
-
-    The network is torch-fidelity's Inception, and the distance then FID; or it is a classifier of toy/features.py,
-    which maps images to features (B, D) and logits, and the distance is called FD.
+    The network is Inception, and the distance then FID; or it is that of a Classifier, and the distance is called FD.
+    An FD compares with others by the same classifier only, and never with a published FID.
     """
 
-    def __init__(self, network: str, reference: Sequence, device: torch.device):
-        self.name, self.device, self.classes = f"features: {network}", device, []
-        self.distance = "FID" if network == "inception" else "FD"  # only Inception's may be called as published ones
-        try:
-            if network == "inception":
-                from torch_fidelity.utils import create_feature_extractor
+    def __init__(self, evaluation: "Evaluation", network: nn.Module | None = None):
+        from torchmetrics.image.fid import FrechetInceptionDistance
 
-                # The weights of the published FIDs, and the pooled features of 2048 numbers.
-                options = {"cuda": device.type == "cuda", "verbose": False}
-                self.network = create_feature_extractor("inception-v3-compat", ["2048"], **options)
-            else:
-                from toy.features import load_classifier
+        # Published numbers have the resizing of TensorFlow 1, which is torchmetrics' without its antialiasing.
+        metric = FrechetInceptionDistance(network or 2048, reset_real_features=False, antialias=False)
+        device = evaluation.model.device
+        self.metric = metric.to("cpu" if device.type == "mps" else device)  # mps has no float64, which its sums are in
+        self.column, file = ("FD", evaluation.features) if network else ("FID", f"{torch.hub.get_dir()}/inception")
+        self._take_reference(evaluation.reference, Path(file))
+        n, features = metric.real_features_num_samples.item(), len(metric.real_features_sum)
+        refuse(n < 2, f"{evaluation.data} has {n} images that can be read, and a distance needs two or more")
+        if min(n, evaluation.num_samples) <= features:
+            log.warning("%s by %d features is far too large: it needs more images than that", self.column, features)
 
-                self.network, self.classes = load_classifier(network)
-                self.network.to(device)
-        except Exception as error:  # a missing file, no network, or a file of another kind, each with its own type
-            reason = " ".join(str(error).split())[:200]  # torch writes a line for each weight that does not fit
-            raise BadInput(f"cannot load the feature extractor {network}: {reason}") from error
-        # The Fréchet distance looks at mean and covariance only. Those of the reference set are computed once.
-        from torch_fidelity.metric_fid import fid_features_to_statistics
+    def _take_reference(self, reference: Sequence, network: Path) -> None:
+        """The sums of the reference's features, which may take a quarter of an hour. They are kept beside the network's
+        file. Their own is known by the network's weights, the number of images, and 256 of the images."""
+        digest = hashlib.sha1(str(len(reference)).encode())
+        for part in (*self.metric.inception.state_dict().values(), reference[spread(len(reference), 256)]):
+            digest.update(part.cpu().numpy().tobytes())
+        file = network.with_name(f"{network.stem}-{digest.hexdigest()[:12]}.safetensors")
+        if not file.is_file():
+            parts = tqdm(torch.arange(len(reference)).split(100), "features of the data", leave=False)
+            for images in filter(len, (reference[part] for part in parts)):  # all files of a part may be broken
+                self.metric.update(images.to(self.metric.device), real=True)
+            draft = file.with_suffix(f".{os.getpid()}")  # renamed when complete: several processes may look for it
+            save_file({name: sums for name, sums in self.metric.metric_state.items() if "real" in name}, draft)
+            draft.rename(file)
+        for name, sums in load_file(file).items():
+            setattr(self.metric, name, sums.to(self.metric.device))
 
-        self.features, self.right = [], []  # what `update` collects
-        for indices in tqdm(torch.arange(len(reference)).split(250), desc="reference", unit="batch", leave=False):
-            self.update(reference[indices], [])
-        self.reference, self.features = fid_features_to_statistics(torch.cat(self.features)), []
+    def __call__(self, batches: Sequence[Tensor], prompts: Sequence) -> dict[str, float]:
+        for images in filter(len, batches):
+            self.metric.update(images.to(self.metric.device), real=False)
+        n = self.metric.fake_features_num_samples.item()
+        value = self.metric.compute().item() if n > 1 else math.nan  # one image has no covariance
+        self.metric.reset()  # of the samples; the data's sums stay
+        return {self.column: value}
 
-    @torch.no_grad()
-    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
-        """Takes in images and, if they have any, their prompts: texts, or numbers of classes (teacher.py and
-        toy.features both number the classes of a folder by the alphabet). A text that names no class, or two, is not
-        counted: it has no right answer, or more than one."""
-        for i in range(0, len(samples), 250):  # by its own size: the sampler's batches may be much larger
-            features, *logits = self.network(samples[i : i + 250].to(self.device))
-            self.features.append(features.float().cpu())
-            for prompt, row in zip(prompts[i : i + 250], logits[0] if self.classes else (), strict=False):
-                named = [prompt] if isinstance(prompt, int) else self.classes_in(prompt)
-                if len(named) == 1:
-                    self.right.append(named[0] == row.argmax().item())
 
-    def classes_in(self, text: str) -> list[int]:
-        """Which classes a text names, in whole words: "credit" does not name "red"."""
-        names = enumerate(self.classes)
-        return [i for i, name in names if re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)]
+class PromptAccuracy:
+    """How often a classifier sees in an image the class that was asked for: by its number (a model and a classifier
+    number the classes of a folder alike), or by a text that names it.
 
-    def result(self) -> dict[str, float]:
-        """|μ_a - μ_b|² + tr(A + B - 2 √(A B)) of the two sets' means and covariances, in features squared."""
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    A text that names no class, or two, is not counted: it has no right answer, or more than one.
+    """
 
-        statistics = fid_features_to_statistics(torch.cat(self.features))
-        metric = fid_statistics_to_metric(statistics, self.reference, verbose=False)
-        values = {self.distance: metric["frechet_inception_distance"]}
-        if self.right:
-            values["prompt accuracy"] = sum(self.right) / len(self.right)
-        self.features, self.right = [], []
-        return values
+    def __init__(self, network: nn.Module, classes: list[str], device: torch.device):
+        self.network, self.device = network.to(device), device
+        # In whole words: "credit" does not name "red".
+        self.patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in classes]
+
+    def __call__(self, batches: Sequence[Tensor], prompts: Sequence[str | int]) -> dict[str, float]:
+        right, seen = [], torch.cat([self.network(images.to(self.device)).argmax(1) for images in batches]).tolist()
+        for prompt, number in zip(prompts, seen, strict=False):
+            named = [prompt]
+            if isinstance(prompt, str):
+                named = [i for i, pattern in enumerate(self.patterns) if pattern.search(prompt)]
+            if len(named) == 1:
+                right.append(named[0] == number)
+        return {"prompt accuracy": sum(right) / len(right)} if right else {}
 
 
 class ClipScore:
-    """The mean cosine between image and prompt in a CLIP of open_clip. The model is named as architecture/weights,
-    where weights are a tag of open_clip's or a file."""
+    """The mean cosine between image and prompt in a CLIP, by the folder or hub id from which transformers loads it.
 
-    def __init__(self, model: str, device: torch.device):
-        self.name, self.device, self.cosines = f"CLIP: {model}", device, []
-        architecture, _, weights = model.partition("/")
-        refuse(not weights, f"a CLIP model is named as architecture/weights, not {model}")
-        try:
-            import open_clip
+    (torchmetrics has this score too, but its version 1.9 takes neither LAION's CLIPs nor transformers 5.)
+    """
 
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, weights, device=device)
-            self.tokenize = open_clip.get_tokenizer(architecture)
-        except Exception as error:  # an unknown name, no network, a broken file
-            raise BadInput(f"cannot load the CLIP model {model}: {error}".splitlines()[0]) from error
-        self.model.eval()
+    def __init__(self, name: str, device: torch.device):
+        from transformers import CLIPModel, CLIPProcessor
 
-    @torch.no_grad()
-    def update(self, samples: Tensor, prompts: Sequence[str | int]) -> None:
-        """Takes in uint8 images (B, 3, H, W) and their prompts, which are texts."""
-        for i in range(0, len(prompts), 50):  # few at a time: CLIP's networks are larger than Inception
-            images = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in samples[i : i + 50])
-            image = self.model.encode_image(torch.stack([self.preprocess(x) for x in images]).to(self.device))
-            text = self.model.encode_text(self.tokenize(prompts[i : i + 50]).to(self.device))
-            self.cosines.append(torch.cosine_similarity(image, text).cpu())
+        self.model, self.processor = CLIPModel.from_pretrained(name).to(device), CLIPProcessor.from_pretrained(name)
 
-    def result(self) -> dict[str, float]:
-        cosines, self.cosines = self.cosines, []
-        return {"CLIP": torch.cat(cosines).mean().item()} if cosines else {}
+    def __call__(self, batches: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, float]:
+        cosines, longest = [], self.model.config.text_config.max_position_embeddings
+        # Of a longer text CLIP sees the beginning.
+        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+        for images in batches if prompts else ():
+            texts = prompts[len(cosines) : len(cosines) + len(images)]
+            outputs = self.model(**self.processor(text=texts, images=list(images), **options).to(self.model.device))
+            cosines += (outputs.image_embeds * outputs.text_embeds).sum(1).tolist()  # of length 1 each
+        return {"CLIP": sum(cosines) / len(cosines)} if cosines else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What samples are measured against, and by what
+# A network whose features stand in for Inception's, where those cannot be downloaded. It is trained by
+# experiments/features.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measures_for(model: DiffusionModel, reference: Sequence, features: str, clip_model: str | None) -> list:
-    """The measures for samples of this model. A model of points needs no network to see them with; a CLIP score needs
-    prompts that say something."""
-    refuse(clip_model and not model.default_prompts, "--clip_model is for models that are prompted by texts")
-    if len(model.shape) == 1:
-        return [PointDistances(reference)]
-    clip = [ClipScore(clip_model, model.device)] if clip_model else []
-    seen = ImageFeatures(features, reference, model.device)
-    if model.null_label not in (None, len(seen.classes)):
-        seen.classes = []  # the classifier was trained on other classes, and cannot say what the model was asked for
-    return [seen, *clip]
+def _convolution(inside: int, outside: int, *pool: nn.Module) -> nn.Sequential:
+    # No bias: BatchNorm subtracts the mean right after, and any bias with it.
+    convolution = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU(), *pool)
+
+
+class Residual(nn.Sequential):
+    """x + f(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Features(nn.Sequential):
+    """Pixels 0..255 (B, 3, H, W) -> features (B, 256). The range of a file's pixels is part of the network, so that who
+    uses it cannot get it wrong."""
+
+    num_features = 256  # torchmetrics asks for it
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels.float() / 127.5 - 1)
+
+
+class Classifier(nn.Module):
+    """A small residual network: pixels 0..255 (B, 3, H, W) -> logits (B, classes)."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        # The three poolings halve the image: of 32x32 pixels, 4x4 places are left for the mean.
+        fine = [_convolution(3, 32), _convolution(32, 64, nn.MaxPool2d(2))]
+        middle = [Residual(_convolution(64, 64), _convolution(64, 64)), _convolution(64, 128, nn.MaxPool2d(2))]
+        coarse = [_convolution(128, 256, nn.MaxPool2d(2)), Residual(_convolution(256, 256), _convolution(256, 256))]
+        self.body = Features(*fine, *middle, *coarse, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(Features.num_features, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels))
+
+
+def load_classifier(file: str) -> tuple[Classifier, list[str]]:
+    """The network that experiments/features.py wrote, in eval mode on the CPU, and the names of its classes.
+
+    The file holds numbers and text only, so reading it runs no code. BadInput if it is another kind of file.
+    """
+    try:
+        with safe_open(file, "pt") as content:
+            names = json.loads((content.metadata() or {}).get("classes", "null"))
+            weights = {key: content.get_tensor(key) for key in content.keys()}
+    except SafetensorError as error:
+        raise BadInput(f"--features {file}: {error}") from error
+    refuse(names is None, f"--features {file}: it names no classes, and is not of experiments/features.py")
+    network = Classifier(len(names)).eval()
+    network.load_state_dict(weights)
+    return network, names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What samplers have in common when they are compared
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def spread(length: int, n: int) -> Tensor:
@@ -215,93 +237,94 @@ def spread(length: int, n: int) -> Tensor:
 
 @dataclass(eq=False)  # compared, and hashed, by identity: caches are keyed by one
 class Evaluation:
-    """What samplers have in common when they are compared: the data, the measures, and the seeds of their noises."""
+    """The data, the measures, and the seeds of the noises. `update` collects samples, `results` measures them."""
 
     model: DiffusionModel  # the teacher
     data: str
     num_samples: int  # of each sampler
     split: str = "train"  # of the data: the reference set
-    features: str = "inception"  # of images; else a file of toy/features.py
+    features: str = "inception"  # of images; else a file of experiments/features.py
     clip_model: str | None = None
     resolution: int | None = None  # to which images are brought; the model's own if it is not given
     seed: int = 0  # of the first sample
     prompts: Sequence[str] = ()
     batch_size: int | None = None
     mixed_precision: str = "no"
-    eta: float = 1.0  # the share of fresh noise between a student's steps
-    timesteps: Sequence[int] = ()  # of a student's steps, if they are not LCM's
+    timesteps: Sequence[int] = ()  # of all samplers but the teacher, if they are not the usual ones
 
     def __post_init__(self):
         self.seeds = range(self.seed, self.seed + self.num_samples)
         self.resolution = self.resolution or self.model.resolution
         self.batch_size = min(self.batch_size or self.model.batch_size, self.num_samples)
         # What samples are asked to show, in turn, as sample.py asks for it: texts, or numbers of classes.
-        texts, by_class = list(self.prompts) or list(self.model.default_prompts), self.model.null_label is not None
-        self.asked = self.model.labels(self.prompts).tolist() if by_class else texts
+        self.asked = self.model.labels(self.prompts) if self.model.conditional else []
         self.reference = reference_set(self.data, self.split, self.resolution)
-        self.measures = measures_for(self.model, self.reference, self.features, self.clip_model)
+        self.measures = self._measures()
+        self._batches, self._prompts = [], []
+
+    def _measures(self) -> list[Callable]:
+        """Points need no network to see them with; a CLIP score needs prompts that say something."""
+        model = self.model
+        refuse(self.clip_model and not model.default_prompts, "--clip_model is for models that are prompted by texts")
+        if len(model.shape) == 1:
+            return [functools.partial(point_distance, self.reference)]
+        measures = [ClipScore(self.clip_model, model.device)] if self.clip_model else []
+        if self.features == "inception":
+            return [FrechetDistance(self), *measures]
+        network, classes = load_classifier(self.features)
+        # A classifier of other classes cannot say what a model was asked for.
+        if model.conditional and model.null_label in (None, len(classes)):
+            measures.append(PromptAccuracy(network, classes, model.device))
+        return [FrechetDistance(self, network.body), *measures]
 
     def update(self, samples: Tensor, prompts: Sequence[str | int] = ()) -> None:
-        """Shows the measures a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8
-        images)."""
-        # Samples are rounded to 8 bits first, as files are. Otherwise the features' network would see a difference
-        # between samples and data that nobody can see in a picture.
+        """Collects a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8 images)."""
+        # Samples are rounded to 8 bits, as files are. Otherwise the features' network would see a difference between
+        # samples and data that nobody can see in a picture. (30,000 images of 256 pixels are 6 GB then.)
         if samples.ndim == 4 and samples.is_floating_point():
-            pixels = to_pixels(samples)
-            samples = torch.stack([centre_square(Image.fromarray(x), self.resolution) for x in pixels])
-        for measure in self.measures:
-            measure.update(samples, prompts)
+            images = [Image.fromarray(pixels) for pixels in sample.to_pixels(samples)]
+            samples = torch.stack([centre_square(image, self.resolution) for image in images])
+        self._batches += samples.split(100)
+        self._prompts += prompts
 
+    @torch.no_grad()
     def results(self) -> dict[str, float]:
-        """All measures of what they were shown since the last call."""
-        return {name: value for measure in self.measures for name, value in measure.result().items()}
+        """All measures of what was collected since the last call."""
+        batches, prompts, self._batches, self._prompts = self._batches, self._prompts, [], []
+        values = {}
+        for measure in self.measures:
+            values |= measure(tqdm(batches, "measuring", leave=False, delay=1), prompts)
+        return values
 
     def held_out_data(self) -> dict[str, float]:
         """Real data that the reference set does not hold, as if a sampler had made them. Two samples of one
         distribution are some distance apart by chance; a sampler that comes as near as this cannot be told from the
         data."""
         data = reference_set(self.data, "train" if self.split == "test" else "test", self.resolution)
-        for part in spread(len(data), len(self.seeds)).split(250):
+        for part in tqdm(spread(len(data), len(self.seeds)).split(100), "held-out data", leave=False):
             self.update(data[part])
         return self.results()
 
-    def student_options(self, model: DiffusionModel, steps: int) -> dict:
-        """η and the times of a sampler. A teacher's DDIM has its own times, and it and a single step add no noise: so
-        they are as they always are."""
-        eta = self.eta if model.is_student and steps > 1 else 1.0
-        return {"eta": eta, "timesteps": list(self.timesteps) if model.is_student else []}
-
     def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
-        """One sampler: some of its samples, as many as fit in 1 GiB, and its row of the table.
+        """One sampler: some of its samples, as many as fit in 1 GiB, and what the measures say of all of them.
 
-        With `samples_dir` images are kept there as files, and found there again. Then a first batch is made once more,
-        to be timed.
+        With `samples_dir` images are kept there as files, and what an earlier call has left is not made again.
         """
-        # Guidance calls the network twice a step, with the condition and without.
-        size, seeds, evaluations = self.batch_size, self.seeds, steps * (2 if w else 1)
-        parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-        network = evaluations * network_seconds(model, size, self.mixed_precision) / size
-        options = {"w": w, "prompts": self.prompts, "batch_size": size, "mixed_precision": self.mixed_precision}
-        options |= self.student_options(model, steps)
+        times = [] if model is self.model else self.timesteps
+        options = {name: getattr(self, name) for name in ("prompts", "batch_size", "mixed_precision")}
+        options |= {"w": w, "timesteps": times}
+        parts, kept = [part.tolist() for part in torch.tensor(self.seeds).split(self.batch_size)], []
         if samples_dir:
-            share = "" if options["eta"] == 1 else f"-eta{self.eta:g}"
-            times = "".join(f"-t{t}" for t in options["timesteps"])
-            folder = Path(samples_dir) / f"{Path(model.name).name}-{steps}{share}{times}"
-            sample_to_folder(model, seeds, folder, steps, **options)
-        timed = parts[0] if samples_dir else seeds
-        batches, kept, seconds = sample_batches(model, timed, steps, **options), [], 0.0
-        for part in parts:
-            # sample_batches makes a batch when it is asked for it. So this is the time of sampling, without measuring.
-            begin = default_timer()
-            x = next(batches, None)
-            seconds += default_timer() - begin
-            if samples_dir:
-                x = torch.stack([read_png(folder, seed) for seed in part])
-            self.update(x, [self.asked[s % len(self.asked)] for s in part if self.asked])
+            folder = Path(samples_dir) / "-".join([Path(model.name).name, str(steps), *(f"t{t}" for t in times)])
+            sample.sample_to_folder(model, self.seeds, folder, steps, **options)
+            batches = (torch.stack([sample.read_png(folder, seed) for seed in part]) for part in parts)
+        else:
+            batches = sample.sample_batches(model, self.seeds, steps, **options)
+        for part, x in zip(parts, batches, strict=True):
+            self.update(x, [self.asked[seed % len(self.asked)] for seed in part if self.asked])
             if not kept or (len(kept) + 1) * x.numel() <= 2**28:  # in float32, 2**28 numbers are 1 GiB
                 kept.append(x)
-        times = {"ms/sample": 1000 * seconds / len(timed), "network": 1000 * network}
-        return torch.cat(kept), {"evaluations": evaluations, **self.results(), **times}
+        return torch.cat(kept), self.results()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,68 +340,50 @@ class Comparison(NamedTuple):
     reference: str
 
 
-@torch.no_grad()
-def network_seconds(model: DiffusionModel, batch_size: int, mixed_precision: str) -> float:
-    """Seconds of one bare network call on a batch: the least of three, after one to warm up.
-
-    Sampling cannot be faster than its network calls. What a sampler takes beyond them is overhead: the VAE, the
-    solver's arithmetic, Python.
-    """
-    # Input of the network's own precision, at the first time of sampling. What the values are does not matter.
-    labels = model.labels([])
-    x = torch.randn(batch_size, *model.shape, device=model.device, dtype=next(model.network.parameters()).dtype)
-    cond = model.as_network_takes(model.condition(labels[torch.arange(batch_size) % len(labels)].to(model.device)))
-    t = torch.full((batch_size,), len(model.schedule) - 1, device=model.device)
-
-    def call() -> None:
-        model.network(x, t, **cond).sample.sum().item()  # to read a number is to wait for a GPU
-
-    with training.autocast(model.device, mixed_precision):
-        return min(repeat(call, number=1, repeat=4)[1:])
-
-
 def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: float, samples_dir=None) -> Comparison:
     """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same
     noises.
 
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
-    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one, or
-    if no fresh noise is added between its steps (then a perfect student of several steps does not have 0: splam.py,
-    section 5). A student that was distilled at another resolution shares no noise with its teacher, and has none.
-    "ms/sample" is the time of all, "network" the part of it that as many bare network calls take.
+    the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one. A
+    student that was distilled at another resolution shares no noise with its teacher, and has none.
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
-    # A data set's files are sorted by class, so that its first samples would all be of one.
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
-    for name, model, n, _ in plan:  # all are checked before the first takes its time
-        sample.check_steps(model, n, timesteps=evaluation.student_options(model, n)["timesteps"])
-        refuse(model.kind != teacher.kind, f"{name} makes {model.kind}, and its teacher {teacher.kind}")
-        refuse(model.null_label != teacher.null_label, f"{name} and its teacher know different numbers of classes")
+    # All are checked before the first takes its time.
+    names = {model.name for model in (teacher, *students.values())}
+    shared = len({Path(name).name for name in names}) < len(names)
+    refuse(samples_dir and shared, f"--samples_dir: two would share a folder, of {', '.join(sorted(names))}")
+    for name, model, n, guidance in plan:
+        sample.check_steps(model, n, timesteps=() if model is teacher else evaluation.timesteps, w=guidance)
+        other = (model.kind, model.null_label) != (teacher.kind, teacher.null_label)
+        refuse(other, f"{name} and its teacher are of different kinds, or know different numbers of classes")
+    # A data set's files are sorted by class, so that its first samples would all be of one.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
-    shown = reference[order[: preview(teacher)[0]]]
+    shown = reference[order[: sample.preview(teacher)[0]]]
     samples = {"data": to_range(shown) if shown.dtype == torch.uint8 else shown}
     try:
         rows.append({"sampler": "held-out data", **evaluation.held_out_data()})
     except BadInput as error:  # many folders of images have no split to be held out; the rest of the table can be made
-        logging.getLogger("evaluate").warning("no row of held-out data: %s", error)
-    for name, model, n, guidance in plan:
+        log.warning("no row of held-out data: %s", error)
+    for name, model, n, guidance in (bar := tqdm(plan, leave=False)):
+        title = f"{name}, {sample.n_steps(n, () if model is teacher else evaluation.timesteps)}"
+        bar.set_description(title)
         x, values = evaluation.sampler(model, n, guidance, samples_dir)
-        rows.append({"sampler": name, "steps": n, **values})
+        # Guidance calls the network twice a step, with the condition and without.
+        rows.append({"sampler": name, "steps": n, "evaluations": n * (2 if guidance else 1), **values})
         # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
-        elif endpoint is not None and (model is teacher or n == 1 or not evaluation.eta) and x.shape == endpoint.shape:
+        elif endpoint is not None and (model is teacher or n == 1) and x.shape == endpoint.shape:
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
-        options = evaluation.student_options(model, n)
-        share = "" if options["eta"] == 1 else f", η = {options['eta']:g}"
-        samples[f"{name}, {n_steps(n, options['timesteps'])}{share}"] = x
-    count = f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"
-    count += f", η = {evaluation.eta:g}" if evaluation.eta != 1 else ""
-    count += f", students' times {', '.join(map(str, evaluation.timesteps))}" if evaluation.timesteps else ""
-    against = f"{len(reference)} samples of {evaluation.data} ({evaluation.split})"
-    names = [measure.name for measure in evaluation.measures]
-    return Comparison(rows, samples, f"{count}, against {', '.join([against, *names])}")
+        samples[title] = x
+    words = [f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"]
+    words += [f"against {len(reference)} samples of {evaluation.data} ({evaluation.split})"]
+    words += [f"features: {evaluation.features}"] if len(teacher.shape) > 1 else []
+    words += [f"CLIP: {evaluation.clip_model}"] if evaluation.clip_model else []
+    return Comparison(rows, samples, ", ".join(words))
 
 
 def print_rows(rows: Sequence[dict]) -> None:
@@ -390,8 +395,8 @@ def print_rows(rows: Sequence[dict]) -> None:
         values = [row.get(column, "-") for column in columns]
         lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(rest, widths[1:], strict=True))]))
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -401,18 +406,8 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def machine() -> str:
-    """What the numbers were measured on: seconds mean nothing without it."""
+    """What the numbers were measured on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-
-
-# Published protocols, as command lines that are read before what was typed. --data is then the folder of the whole
-# validation set, and --prompts its captions.
-PROTOCOLS = {
-    # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
-    "coco2014-30k": "--num_samples 30000 --resolution 256 --clip_model ViT-g-14/laion2b_s12b_b42k",
-    # FID-5k of guided distillation (Meng et al.): at the size that the model makes.
-    "coco2017-5k": "--num_samples 5000 --clip_model ViT-g-14/laion2b_s12b_b42k",
-}
 
 
 def table(args: argparse.Namespace) -> None:
@@ -421,41 +416,29 @@ def table(args: argparse.Namespace) -> None:
     What is not given on the command line is read from the metrics.json that distill.py left there: the teacher, the
     data, and the guidance scale that the student has in its weights.
     """
-    prompts = read_prompts(args.prompts)  # what is no file comes back as it is
-    refuse(args.protocol and prompts == args.prompts, "a --protocol needs its captions: --prompts FILE, one a line")
-    refuse(args.num_samples == 1, "--num_samples must be 2 or more: distances compare many samples, and MMD pairs")
+    refuse(args.protocol and not args.prompts, "a --protocol needs its captions: --prompts FILE.txt, one a line")
+    refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
-    trained_with = read_json(record).get("configuration") if record.is_file() else {}
-    refuse(not isinstance(trained_with, dict), f"{record} has no configuration of a student")
-    kinds = {"pretrained_teacher_model": str, "data": str, "guidance_w": (int, float)}
-    for name, kind in kinds.items():
+    trained_with = cli.read_json(record)["configuration"] if record.is_file() else {}
+    for name in ("pretrained_teacher_model", "data", "guidance_w"):
         if getattr(args, name) is None:
-            value = trained_with.get(name)
-            unknown = not isinstance(value, kind) or value != value  # missing, or edited; nan is not itself
-            refuse(unknown, f"{record} does not say with which --{name} the student was distilled")
+            refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
+    args.prompts = cli.read_prompts(args.prompts)
     # Of several students each is named by its folder, or the rows could not be told apart.
     device, alone = training.process().device, len(args.students) == 1
     students = {"student" if alone else name: load(name).to(device) for name in args.students}
-    refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
-    steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]
-    most = max(steps) if any(student.is_student for student in students.values()) else 0  # of a student
-    refuse(args.timesteps and not most, "--timesteps are for students: a teacher's DDIM has its own")
-    refuse(args.eta != 1 and most < 2, "--eta is for students of several steps: no others add noise")
     teacher = load(args.pretrained_teacher_model).to(device)
-    k, times = trained_with.get("k", 100), len(teacher.schedule)
-    refuse(not isinstance(k, int) or not 0 < k < times, f"{record}: k is {k}, and the teacher has {times} times")
-    same = "data num_samples split features clip_model resolution seed batch_size mixed_precision eta timesteps".split()
-    options = {name: getattr(args, name) for name in same}
-    evaluation = Evaluation(teacher, prompts=prompts, **options)
+    same = "data num_samples split features clip_model resolution seed prompts batch_size mixed_precision timesteps"
+    evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
+    steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     comparison = compare(evaluation, students, steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.
-    results = folder if folder.is_dir() else Path("runs") / folder.name
-    out = sample.output_file(results / "evaluation.png", ".png")
-    overview(teacher, comparison.samples, k).save(out)
+    out = cli.writable_folder(folder if folder.is_dir() else Path("runs") / folder.name) / "evaluation.png"
+    sample.overview(teacher, comparison.samples, trained_with.get("k", 100)).save(out)
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))
     print(f"{out}  {out.with_suffix('.json')}")
@@ -463,26 +446,47 @@ def table(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The approximated error, Fig. 2(c)
+#
+# A consistency function would have f(x_t, t) = f(x_s, s) for all neighbours t, s on a trajectory. The paper adds up
+# what is left of that (Eq. 6) along the trajectory, to bound how far f(x_T, T) is from the trajectory's end. That is
+# why it wants each of these errors to be small.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def simulated_states(model: DiffusionModel, x0: Tensor, noise: Tensor, times: Sequence[int]) -> Iterator[Tensor]:
+    """x_t at `times`, (B, ...) each, as the paper simulates a trajectory: the same noise on the same x_0 (Eq. 1)."""
+    for time in times:
+        alpha, sigma = model.schedule.at(torch.full((len(x0),), time, device=x0.device), x0.ndim)
+        yield alpha * x0 + sigma * noise
+
+
+def true_states(teacher: DiffusionModel, noise: Tensor, cond: dict, times: Sequence[int], w: float) -> Iterator[Tensor]:
+    """x_t at `times`, which fall from N-1, on the teacher's own PF-ODE from `noise`, in its smallest DDIM steps."""
+    denoise, size = functools.partial(teacher.predict, cond=cond, w=w), len(teacher.schedule) // teacher.many_steps
+    yield noise
+    for start, end in itertools.pairwise(times):
+        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
+        noise = multiple_estimation(denoise, teacher.schedule, noise, t, s, start - end, size)
+        yield noise
+
+
 @torch.no_grad()
-def approximated_errors(model: DiffusionModel, x0: Tensor, cond: dict, noise: Tensor, times: list, w: float) -> Tensor:
-    """The mean square of f(x_t, t) - f(x_t', t') for neighbours t, t' in `times`: what Eq. 6 leaves, by t.
+def approximated_errors(
+    model: DiffusionModel, states: Iterable[Tensor], cond: dict, times: Sequence[int], w=0.0, end: Tensor | None = None
+) -> Tensor:
+    """The mean squares, over samples and elements, of f(x_t, t) - f(x_s, s) for each t in `times` and the next one, s.
 
-    A consistency function would have 0 everywhere. The paper adds these errors up along a trajectory to bound the
-    error of the whole, which is why it wants each to be small. Neighbours on a trajectory are simulated as for its
-    figure: the same noise on the same x_0. (toy/fig2c_error.py takes true neighbours.)
+    `states` are the x_t, from one of the functions above. Returns (1, times - 1); with the `end` (B, ...) of the
+    trajectories (2, times - 1), whose second row is of f(x_t, t) - `end`.
     """
-
     # A generator, so that only two predictions are in memory: the one for t and that for its neighbour.
-    def predictions() -> Iterator[Tensor]:
-        for time_step in times:
-            t = torch.full((len(x0),), time_step, device=x0.device)
-            alpha, sigma = model.schedule.at(t, x0.ndim)
-            yield model.predict(alpha * x0 + sigma * noise, t, cond, w)[0]
-
-    return torch.stack([(a - b).square().mean().cpu() for a, b in itertools.pairwise(predictions())])
+    pairs = zip(times, states, strict=True)
+    f = (model.predict(x, torch.full((len(x),), time, device=x.device), cond, w)[0] for time, x in pairs)
+    rows = []
+    for here, neighbour in itertools.pairwise(f):
+        others = [neighbour] if end is None else [neighbour, end]
+        rows.append([distance(here, other, "l2").mean().item() for other in others])
+    return torch.tensor(rows).T
 
 
 def error(args: argparse.Namespace) -> None:
@@ -490,32 +494,32 @@ def error(args: argparse.Namespace) -> None:
     noise."""
     from toy import plots
 
-    out, device, size = sample.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
-    models = [load(name).to(device) for name in dict.fromkeys(args.models)]  # each once: sums below are kept by name
-    sizes = {model.shape for model in models}
-    refuse(len(sizes) > 1, f"models of different sizes have no data in common: {sorted(sizes)}")
-    args.data = args.data or models[0].default_data
+    out, device, size = cli.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
+    models = {name: load(name).to(device) for name in args.models}
+    first = models[args.models[0]]
+    for name, model in models.items():
+        model.resize(args.resolution)
+        refuse(model.shape != first.shape, f"{name} and {first.name} make samples of different sizes")
+    args.data = args.data or first.default_data
     refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
-    times = list(range(len(models[0].schedule) - 1, 99, -args.interval))  # not below 100, as in the paper's figure
-    refuse(len(times) < 2, f"--interval {args.interval} leaves no neighbours")
-    count, means = math.ceil(args.num_samples / size), {model.name: 0 for model in models}
-    batches = training.stream_batches(models[0].dataset(args), 0, batch_size=size, seed=args.seed)
-    for i, (data, label) in zip(trange(count, unit="batch", leave=False), batches, strict=False):
-        x0, _ = models[0].prepare(data.to(device), label.to(device))
-        # A CPU's generator, with a seed for each batch: the same noise on every device and for every model.
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
-        for model in models:
-            w = 0.0 if model.is_student else args.guidance_w  # a student's guidance is in its weights
+    times = list(range(len(first.schedule) - 1, 99, -20))  # as in the paper's figure: 20 apart, and not below 100
+    count, sums = math.ceil(args.num_samples / size), dict.fromkeys(models, 0)
+    batches = training.loader(first.dataset(args), size, args.seed)
+    for i, (data, label) in zip(trange(count, desc="error", unit="batch", leave=False), batches, strict=False):
+        for name, model in models.items():
             with training.autocast(device, args.mixed_precision):
-                cond = model.condition(label.to(device))
-                means[model.name] += approximated_errors(model, x0, cond, noise, times, w) / count
+                x0, cond = model.prepare(data.to(device), label)
+                # A CPU's generator, with a seed for each batch: the same noise on every device and for every model.
+                noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
+                w = 0.0 if model.is_student else args.guidance_w  # a student's guidance is in its weights
+                states = simulated_states(model, x0, noise, times)
+                sums[name] += approximated_errors(model, states, cond, times, w)[0]
     times = times[:-1]  # an error belongs to the noisier of two neighbours
-    curves = {name: squares.sqrt().tolist() for name, squares in means.items()}
-    label = f"RMS of f(x_t, t) - f(x_t-{args.interval}, t-{args.interval})"
+    curves = {name: (squares / count).sqrt().tolist() for name, squares in sums.items()}
     lines = {name: (times, values, None) for name, values in curves.items()}
-    plots.curves(plots.Panel("approximated error", "t", label, lines)).save(out)
+    plots.curves(plots.Panel("approximated error", "t", "RMS of f(x_t, t) - f(x_s, s), s = t - 20", lines)).save(out)
     out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
-    shown = range(0, len(times), math.ceil(len(times) / 8))  # at most eight columns
+    shown = range(0, len(times), 6)
     print_rows([{"model": name, **{f"t={times[i]}": values[i] for i in shown}} for name, values in curves.items()])
     print(f"{count * size} samples of {args.data}; {machine()}; {out}")
 
@@ -524,50 +528,57 @@ def error(args: argparse.Namespace) -> None:
 # The programs
 # ---------------------------------------------------------------------------------------------------------------------
 
+CLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # OpenCLIP's ViT-g-14; there is a larger ViT-bigG-14 as well
+# Published protocols, as command lines that are read before what was typed. --data is then the folder of the whole
+# validation set, and --prompts a file with its captions.
+PROTOCOLS = {
+    # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
+    "coco2014-30k": f"--num_samples 30000 --resolution 256 --clip_model {CLIP}",
+    # FID-5k of guided distillation (Meng et al.): at the size that the model makes.
+    "coco2017-5k": f"--num_samples 5000 --clip_model {CLIP}",
+}
 
-def parser() -> training.Parser:
+
+def parser() -> cli.Parser:
     """The flags of both programs."""
-    p = training.Parser(prog="evaluate.py", description="Measure students and their teacher.")
-    programs = p.add_subparsers(required=True, metavar="table|error")
-    t = programs.add_parser("table", help="compare students with their teacher", formatter_class=training.Help)
-    t.epilog = training.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
+    p = cli.Parser(prog="evaluate.py", description="Measure students and their teacher.")
+    programs = p.add_subparsers(required=True, dest="program", metavar="table|error")
+    t = programs.add_parser("table", help="compare students with their teacher")
+    t.epilog = cli.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
     flag = t.add_argument
     flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
-    flag("--steps", type=training.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
+    flag("--steps", type=cli.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
     # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
-    flag("--teacher_steps", type=training.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
+    flag("--teacher_steps", type=cli.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
     flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
-    flag("--guidance_w", type=training.finite, help="of the teacher (default: as it was distilled with)")
+    flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
     flag("--data", help="the reference set (default: what the first student was distilled with)")
     flag("--split", default="train", help="of the data, the reference set")
-    flag("--protocol", choices=PROTOCOLS, help="a published one, printed below")
-    flag("--features", default="inception", help='"inception", or a file of toy/features.py')
-    flag("--clip_model", help="for a CLIP score: architecture/weights of open_clip")
-    flag("--resolution", type=training.positive, help="of all images (default: the model's own)")
-    flag("--num_samples", type=training.positive, default=5000, help="a row")
+    flag("--protocol", choices=PROTOCOLS, help="a published one, printed below; needs --data and --prompts FILE.txt")
+    flag("--features", default="inception", help='"inception", or a file of experiments/features.py')
+    flag("--clip_model", help=f"for a CLIP score: folder or hub id; published numbers have {CLIP}")
+    flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
+    flag("--num_samples", type=cli.two_or_more, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
-    sample.add_student_arguments(t)
-    add_arguments(t)
-    e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)", formatter_class=training.Help)
+    sample.add_arguments(t)
+    e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)")
     flag = e.add_argument
     flag("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
-    flag("--interval", type=training.positive, default=20, help="between neighbours, in time steps; paper: 20")
-    flag("--guidance_w", type=training.finite, default=0.0, help="of the teachers among the models")
-    flag("--num_samples", type=training.positive, default=1000, help="paper: 1000")
+    flag("--guidance_w", type=cli.finite, default=0.0, help="of the teachers among the models")
+    flag("--num_samples", type=cli.positive, default=1000, help="paper: 1000")
     flag("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
     training.add_data_arguments(e)
-    add_arguments(e)
+    sample.add_arguments(e)
     return p
 
 
-@program
+@cli.program
 def main() -> None:
     """Reads a protocol's flags between the name of the program and what was typed, which so has the last word."""
-    typed = sys.argv[1:]
-    first, _ = parser().parse_known_args(typed)  # a first look, for --protocol
+    first, _ = parser().parse_known_args()  # a first look, for --protocol
     protocol = PROTOCOLS.get(getattr(first, "protocol", None), "").split()
-    args = parser().parse_args([typed[0], *protocol, *typed[1:]])
-    {"table": table, "error": error}[typed[0]](args)
+    args = parser().parse_args([first.program, *protocol, *sys.argv[2:]])
+    {"table": table, "error": error}[args.program](args)
 
 
 if __name__ == "__main__":

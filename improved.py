@@ -34,9 +34,9 @@ class ToldTheTime(ConsistencyFunction):
     Why it helps: x_γ, scaled to α² + σ² = 1, has the signal and the noise of the diffusion process at t'. The teacher's
     weights know what to do there, so nothing new must be learnt and training is much faster.
 
-    What it costs: a bias. (t, γ) names one sub-path and t' forgets which: several sub-paths pass through each t' and ask
-    for different things there, so a student that has converged is too blurred (docs/equations.md, note 16). It needs the
-    linear σ, since t' is computed from σ_γ. It needs a network that takes times between the integers.
+    What it costs: a bias. (t, γ) names one sub-path and t' forgets which: several sub-paths pass through each t' and
+    ask for different things there, so a student that has converged is too blurred (docs/equations.md, note 16). It
+    needs the linear σ, since t' is computed from σ_γ. It needs a network that takes times between the integers.
     """
 
     def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
@@ -48,8 +48,9 @@ class ToldTheTime(ConsistencyFunction):
 def half_at_one(*arguments) -> Draws:
     """splam.draw with half of the γ at 1.
 
-    Why it helps: sampling happens at γ = 1, and uniform draws come near it rarely. It is also where the student is asked
-    farthest from its target. What it costs: the easy tasks near γ = 0, which prepare the hard ones, come half as often.
+    Why it helps: sampling happens at γ = 1, and uniform draws come near it rarely. It is also where the student is
+    asked farthest from its target. What it costs: the easy tasks near γ = 0, which prepare the hard ones, come half as
+    often.
     """
     draws = draw(*arguments)
     return draws._replace(gamma=(2 * draws.gamma).clamp_max(1))

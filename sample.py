@@ -3,32 +3,36 @@
     python sample.py runs/cifar-student --steps 4 --out samples.png
     python sample.py TEACHER STUDENT --steps 1 2 4 --prompts "a photo of a cat" --out grid.png
 
-The noise of sample i follows from the seed `--seed` + i alone: not from its batch, its device or the model. So the
-rows of a picture show what different models make of the same noise, and an interrupted folder of 30,000 images can be
-filled up.
+The noise of sample i follows from the seed `--seed` + i alone: not from its batch, its device or the model. So the rows
+of a picture show what different models make of the same noise, and a folder of 30,000 images can be filled up.
 """
 
 import functools
-import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import training
-from data import EXTENSIONS, program, read_prompts, refuse, to_range, to_tensor, writable_folder
-from splam import ConsistencyFunction, few_step_sample, few_step_times, multiple_estimation, sub_path_point
+from cli import Parser, count, finite, output_file, positive, program, read_prompts, refuse, writable_folder
+from data import to_range, to_tensor
+from splam import ConsistencyFunction, few_step_sample, few_step_times
 from teacher import DiffusionModel, load
 
-SAMPLERS = ("lcm", "ddim", "dpmsolver++")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Samplers
+#
+# Each takes a model, its noise, falling times from N-1 on, the condition and the guidance scale. It yields after each
+# evaluation of the network; the last tensor (B, ...) is the sample.
+#
+# The two that solve a teacher's PF-ODE know α and σ, and nothing else of the teacher's own scheduler. That one may add
+# noise, clip x_0 or have other times. It would make samples of another ODE than the one that is distilled.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -48,103 +52,111 @@ class SeededNoise:
         return torch.stack(noise).to(self.device)
 
 
-def run_sampler(
-    model: DiffusionModel,
-    noise: SeededNoise,
-    steps: int,
-    sampler: str,
-    cond: dict,
-    w: float,
-    eta: float,
-    timesteps: Sequence[int],
-) -> Tensor:
-    """One batch: from noise at time N-1 to x_0, (B, ...).
+def lcm(model: DiffusionModel, noise: SeededNoise, times: Sequence[int], cond: dict, w: float) -> Iterator[Tensor]:
+    """A student's sampler, Eq. 19 repeated. Its guidance is in its weights; or in `cond`, if it takes w."""
+    student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
+    return few_step_sample(student, model.schedule, noise(), times, noise, **cond)
 
-    "lcm" is the student's sampler, Eq. 19 repeated, with the share `eta` of fresh noise between two steps, at
-    `timesteps` or, without any, at LCM's times. "ddim" and "dpmsolver++" (here the multistep method, with one call of
-    the network a step) are diffusers' solvers of the PF-ODE, fed with what the guided ε makes of v. Two settings matter
-    for a fair comparison with a student: they start at the last time, N-1, where x really is pure noise ("trailing"
-    spacing), and they do not clip x_0, which would be another ODE than the one that was distilled.
+
+def ddim(model: DiffusionModel, noise: SeededNoise, times: Sequence[int], cond: dict, w: float) -> Iterator[Tensor]:
+    """The same loop with ε̂ in the place of fresh noise: x_s = α_s x̂_0 + σ_s ε̂, an Euler step along the PF-ODE
+    (splam.py, section 1). The last step goes all the way, to x̂_0.
+
+    diffusers' DDIMScheduler has the same times. But its steps are N // n long, which is wrong if n does not divide N.
     """
-    x = noise()
-    if sampler == "lcm":
-        times = timesteps or few_step_times(steps, len(model.schedule), model.original_inference_steps)
-        student = ConsistencyFunction(model.network, model.schedule, model.prediction_type)
-        *_, x = few_step_sample(student, model.schedule, x, times, noise, eta, **cond)
-        return x
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    x, x0, eps = noise(), None, None
+    for time in times:
+        t = torch.full((len(x),), time, device=x.device)
+        if x0 is not None:
+            alpha, sigma = model.schedule.at(t, x.ndim)
+            x = alpha * x0 + sigma * eps
+        x0, eps = model.predict(x, t, cond, w)
+        yield x0
 
-    kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
-    # v whatever the network's own type is: model.predict has converted its output already. From ε a solver could not
-    # find x_0 where α is 0, which is where schedules with zero terminal SNR begin; from x_0 not ε where σ is small.
-    options = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    options |= {"clip_sample": False, "thresholding": False}
-    solver = kind.from_config(model.scheduler.config, **options)
-    solver.set_timesteps(steps, device=x.device)
-    for t in solver.timesteps:  # dpmsolver++ is a multistep method: the solver remembers its last x_0
-        times = t.expand(len(x))
-        (x0, eps), (alpha, sigma) = model.predict(x, times, cond, w), model.schedule.at(times, x.ndim)
-        x = solver.step(alpha * eps - sigma * x0, t, x).prev_sample
-    return x
+
+# What makes diffusers' multistep solver DPM-Solver++(2M): second order, from one evaluation a step and the x̂_0 before.
+DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False}
+DPM_SOLVER |= {"lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero"}
+
+
+def dpm_solver(model: DiffusionModel, noise: SeededNoise, times, cond: dict, w: float) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) of diffusers, fed with the x̂_0 that guidance makes."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    solver = DPMSolverMultistepScheduler(len(model.schedule), prediction_type="sample", **DPM_SOLVER)
+    # Set as it is, since betas would have to be multiplied up again. The solver divides by α, which may end at 0.
+    solver.alphas_cumprod = (model.schedule.alpha.cpu() ** 2).clamp_min(2**-24)
+    solver.set_timesteps(timesteps=times, device=model.device)
+    x = noise()
+    for t in solver.timesteps:
+        x0, _ = model.predict(x, t.expand(len(x)), cond, w)
+        x = solver.step(x0, t, x).prev_sample
+        yield x
+
+
+SAMPLERS = {"lcm": lcm, "ddim": ddim, "dpmsolver++": dpm_solver}
 
 
 def default_sampler(model: DiffusionModel) -> str:
-    """What the model was made for: a student jumps to x_0, with noise between jumps (Eq. 19); a teacher knows the
-    direction of the PF-ODE."""
+    """What the model was made for: a student jumps to x_0, a teacher knows the direction of the PF-ODE."""
     return "lcm" if model.is_student else "ddim"
 
 
-def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None, timesteps: Sequence[int] = ()) -> None:
-    """Refuses a number of steps that the sampler cannot take: a student has no more times than its training grid. Of
-    times it refuses those at which no student was trained, and a first one at which x is not pure noise."""
+def sampling_times(model: DiffusionModel, steps: int, sampler: str) -> list[int]:
+    """A student's are LCM's, on the grid of its training. Others divide all of N evenly, up to rounding. Both begin at
+    N-1, where x really is pure noise; diffusers calls such times "trailing"."""
+    n = len(model.schedule)
+    if sampler == "lcm":
+        return few_step_times(steps, n, model.original_inference_steps)
+    stops = np.arange(n, 0, -n / steps)[:steps]  # floats may give one stop too many, at 0
+    return [int(stop) - 1 for stop in np.round(stops)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples of a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None, timesteps=(), w: float = 0.0) -> None:
+    """Refuses what would be sampled without an error, and be bad: more steps than there are times; times at which the
+    model was not trained, or of which the first is not that of pure noise; guidance that it cannot have."""
     sampler = sampler or default_sampler(model)
     limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
     refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
-    if timesteps:
-        refuse(sampler != "lcm", f"--timesteps are for lcm: {sampler} has its own")
-        grid = few_step_times(limit, len(model.schedule), limit)
-        # Nothing would fail without this: a network answers at any time, and at a first time below N-1 pure noise is
-        # taken for less than it is. The samples would only be bad.
-        falling = sorted(set(timesteps), reverse=True) == list(timesteps)
-        right = falling and timesteps[0] == grid[0] and set(timesteps) <= set(grid) and len(timesteps) == steps
-        known = f"{', '.join(map(str, grid[:3]))}, ... {grid[-1]}"
-        refuse(not right, f"--timesteps must begin with {grid[0]} and fall, on the student's grid: {known}")
+    grid = sampling_times(model, limit, sampler)
+    falling = sorted({*timesteps} & {*grid}, reverse=True)
+    wrong = timesteps and (falling != list(timesteps) or falling[0] != grid[0] or len(falling) != steps)
+    refuse(wrong, f"--timesteps must be {steps} falling times of {grid[0]}, ... {grid[-1]}, the first {grid[0]}")
+    # A student has its guidance in its weights, if its network does not take w beside t.
+    refuse(w and not (model.takes_w if sampler == "lcm" else model.conditional), f"{model.name} cannot be guided")
 
 
 @torch.no_grad()
 def sample_batches(
-    model: DiffusionModel,
-    seeds: Sequence[int],
-    steps: int,
-    sampler: str | None = None,
-    *,
-    w: float = 0.0,
-    eta: float = 1.0,
-    timesteps: Sequence[int] = (),
-    prompts: Sequence[str] = (),
-    batch_size: int | None = None,
-    mixed_precision: str = "no",
+    model, seeds, steps, sampler=None, *, w=0.0, timesteps=(), prompts=(), batch_size=None, mixed_precision="no"
 ) -> Iterator[Tensor]:
-    """One sample for each seed, decoded, batch by batch on the CPU. Seed s takes prompt s, modulo their number.
+    """One sample of the DiffusionModel for each seed, decoded, batch by batch on the CPU.
 
-    Without a `sampler` (one of SAMPLERS) a student's is "lcm" and a teacher's "ddim"; without a `batch_size` it is the
-    model's own. `w` guides a teacher. `eta` is the share of fresh noise between a student's steps, and `timesteps` are
-    their times (as many as `steps`), if they are not to be LCM's.
+    Without a `sampler` (a name in SAMPLERS) a student's is "lcm" and a teacher's "ddim". `w` guides a teacher, and a
+    student whose network takes w. `timesteps` are the times of the steps, as many as `steps`, if they are not to be
+    sampling_times. Seed s takes prompt s, modulo their number. Without a `batch_size` it is the model's own.
     """
-    sampler, batch_size = sampler or default_sampler(model), batch_size or model.batch_size
-    check_steps(model, steps, sampler, timesteps)
-    refuse(w and sampler == "lcm", "guidance is for teachers: what a student was distilled with is in its weights")
-    refuse(eta != 1 and sampler != "lcm", f"--eta is for lcm: {sampler} adds no noise")
-    # Labels go round with the seeds, not with the place in a batch: a sample's prompt follows from its seed too.
-    labels = model.labels(prompts)
-    batches = [seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)]
-    for batch in tqdm(batches, desc=f"{sampler} {steps}", unit="batch", leave=False, disable=len(batches) == 1):
-        label = labels[torch.tensor(batch) % len(labels)].to(model.device)
-        # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
-        with training.autocast(model.device, mixed_precision):
-            noise, cond = SeededNoise(model.shape, batch, model.device), model.condition(label)
-            x0 = run_sampler(model, noise, steps, sampler, cond, w, eta, timesteps)
-        yield model.decode(x0).cpu()
+    sampler, size, labels = sampler or default_sampler(model), batch_size or model.batch_size, model.labels(prompts)
+    check_steps(model, steps, sampler, timesteps, w)
+    times = list(timesteps) or sampling_times(model, steps, sampler)
+    batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    words = {"desc": f"{model.name}, {sampler}, {n_steps(steps)}", "unit": "call", "leave": False}
+    with tqdm(total=len(batches) * (steps + 1), **words) as bar:  # the last call for each batch is the decoder's
+        for batch in batches:
+            # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
+            with training.autocast(model.device, mixed_precision):
+                noise = SeededNoise(model.shape, batch, model.device)
+                cond = model.condition([labels[seed % len(labels)] for seed in batch], w if sampler == "lcm" else 0.0)
+                for x in SAMPLERS[sampler](model, noise, times, cond, w):  # noqa: B007
+                    bar.update()
+            samples = model.decode(x).cpu()
+            bar.update()
+            yield samples
 
 
 def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, sampler: str | None = None, **options) -> Tensor:
@@ -164,34 +176,23 @@ def read_png(folder: Path, seed: int) -> Tensor:
 
 
 def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sampler=None, **options) -> None:
-    """Sample s becomes `folder`/s.png. What an interrupted call has left is kept, and several processes share the work.
+    """Sample s becomes `folder`/s.png. Several processes share the work. BadInput if the folder holds other files.
 
-    samples.json says how the images were made. A folder of images that were made otherwise is refused: a student that
-    was trained further has the same name, so a sum of its weights is recorded too.
+    What is there already is kept, so that an interrupted call can go on. Nothing tells which model made it; so a
+    warning says how many there are.
     """
-    refuse(len(model.shape) == 1, "points are not kept in files")
-    state, record = training.process(), writable_folder(folder) / "samples.json"
-    sampler = sampler or default_sampler(model)
-    # In float64, and kept to seven digits below: the order of a sum differs between devices, and so do its last digits.
-    weights = sum(parameter.double().abs().sum().item() for parameter in model.network.parameters())
-    made = {"model": model.name, "weights": f"{weights:.6e}", "steps": steps, "scheduler": sampler, **options}
-    made.pop("batch_size", None)  # a sample does not depend on it, up to the rounding of a batched product
-    # The usual values are left out. Solvers of the PF-ODE have no such options at all.
-    if made.get("eta") == 1:
-        del made["eta"]
-    if not made.get("timesteps"):
-        made.pop("timesteps", None)
-    text = json.dumps(made, indent=2).encode()  # compared as bytes: an edited record may be no text at all
-    other = record.is_file() and record.read_bytes() != text
-    refuse(other, f"{folder} holds samples of another model, or made with other flags: see {record}")
-    state.wait_for_everyone()  # nobody writes before all have looked
-    if state.is_main_process:
-        record.write_bytes(text)
+    refuse(len(model.shape) == 1, "points are not kept in files: --out must end in .png")
+    state, folder, names = training.process(), writable_folder(folder), {png(folder, seed).name for seed in seeds}
+    found = {path.name.removesuffix(".tmp") for path in folder.iterdir() if not path.name.startswith(".")}
+    refuse(found - names, f"{folder} holds other files than these samples: {', '.join(sorted(found - names)[:3])}")
     # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
-    missing = [seed for seed in seeds[state.process_index :: state.num_processes] if not png(folder, seed).is_file()]
+    share = seeds[state.process_index :: state.num_processes]
+    missing = [seed for seed in share if not png(folder, seed).is_file()]
+    if len(missing) < len(share):
+        logging.getLogger("sample").warning("%s has %d samples, which are kept", folder, len(share) - len(missing))
     batches = sample_batches(model, missing, steps, sampler, **options)
     for seed, image in zip(missing, (image for batch in batches for image in batch), strict=True):
-        draft = png(folder, seed).with_suffix(".tmp")  # renamed when complete: whatever is called .png is whole
+        draft = png(folder, seed).with_suffix(".png.tmp")  # renamed when complete: whatever is called .png is whole
         Image.fromarray(to_pixels(image[None])[0]).save(draft, "PNG")
         draft.replace(png(folder, seed))
     state.wait_for_everyone()  # the caller may read the samples of all processes next
@@ -214,12 +215,9 @@ def preview(model: DiffusionModel) -> tuple[int, int]:
     together show a distribution."""
     if len(model.shape) == 1:
         return 4096, 4096
-    if model.default_prompts:
-        return len(model.default_prompts), len(model.default_prompts)
-    columns = 8
-    if model.null_label and model.null_label <= 16:  # a thousand classes would have no room
-        columns = model.null_label * max(1, 8 // model.null_label)
-    return 64 // columns * columns, columns
+    kinds = len(model.labels([]))
+    columns = kinds * max(1, 8 // kinds) if kinds <= 16 else 8  # a thousand classes would have no room
+    return (columns if model.default_prompts else 64 // columns * columns), columns
 
 
 def picture(samples: Tensor, columns: int = 8) -> Image.Image:
@@ -227,7 +225,7 @@ def picture(samples: Tensor, columns: int = 8) -> Image.Image:
     if samples.ndim == 2:
         from toy import plots
 
-        return plots.scatter(samples)
+        return plots.overview({f"{len(samples)} points": samples})
     from torchvision.utils import make_grid
 
     return Image.fromarray(to_pixels(make_grid(samples, columns, padding=1, pad_value=1)[None])[0])
@@ -235,52 +233,30 @@ def picture(samples: Tensor, columns: int = 8) -> Image.Image:
 
 def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> Image.Image:
     """One picture of several batches under their names, drawn from the same noises: of images a row each, so that a
-    column shows one noise. Of points a panel each, and three of the model's PF-ODE with a sub-path of length k."""
+    column shows one noise. Of points a panel each, and the PF-ODE, if the model is a teacher, with a sub-path of length
+    k."""
     from toy import plots
 
     if len(model.shape) == 1:
-        return plots.overview(panels, plots.SubPath(*_sub_path(model, k)))
-    from matplotlib.font_manager import findfont
-
-    columns = preview(model)[1]
-    rows = [picture(samples[:columns], columns) for samples in panels.values()]
-    # Small images are enlarged, pixel by pixel. All rows get the size of the first, so that columns stay in line.
-    scale = max(1, 800 // rows[0].width)
-    size = rows[0].width * scale, rows[0].height * scale
-    font = ImageFont.truetype(findfont("DejaVu Sans"), 11)  # comes with matplotlib, and has Greek letters
-    for i, name in enumerate(panels):
-        enlarged = rows[i].resize(size, Image.Resampling.NEAREST)
-        rows[i] = ImageOps.expand(enlarged, (0, 16, 0, 0), "white")  # 16 pixels above it, for its name
-        ImageDraw.Draw(rows[i]).text((4, 2), name, fill="black", font=font)
+        noise = SeededNoise(model.shape, range(64), model.device)()
+        cond = model.null_condition(len(noise)) if model.conditional else {}
+        denoise = functools.partial(model.predict, cond=cond)
+        return plots.overview(panels, None if model.is_student else plots.sub_path(denoise, model.schedule, noise, k))
+    rows, size, columns = [], None, preview(model)[1]
+    for name, samples in panels.items():
+        row = picture(samples[:columns], columns)
+        # Small images are enlarged, pixel by pixel. All rows get the size of the first, so that columns stay in line.
+        size = size or tuple(side * max(1, 800 // row.width) for side in row.size)
+        row = ImageOps.expand(row.resize(size, Image.Resampling.NEAREST), (0, 16, 0, 0), "white")
+        ImageDraw.Draw(row).text((4, 2), name, fill="black")
+        rows.append(row)
     return plots.below(*rows)
 
 
-@torch.no_grad()
-def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
-    """The values of plots.SubPath: n trajectories of the PF-ODE from time N-1 to 0, and a sub-path of length k of one.
-
-    DDIM steps of size 1 are the PF-ODE, as far as the eye can tell. The sub-path that is shown is the most bent one:
-    its bend is the height of its middle over its chord in z = x/α, divided by the chord's length. Above a quarter it
-    would be a hairpin, and is left out.
-    """
-    last, denoise = len(model.schedule) - 1, functools.partial(model.predict, cond={})
-    states = [torch.randn(n, 2, generator=torch.Generator().manual_seed(1)).to(model.device)]
-    for time in range(last, 0, -1):
-        t = torch.full((n,), time, device=model.device)
-        states.append(multiple_estimation(denoise, model.schedule, states[-1], t, t - 1, k=1, solver_step=1))
-    paths, alphas = torch.stack(states).cpu(), model.schedule.alpha.cpu().flip(0)  # place last - t is time t
-    z = paths / alphas[:, None, None]
-    begins = torch.arange(0, last - k + 1, 10)
-    starts, middles, ends = z[begins], z[begins + k // 2], z[begins + k]
-    chords, rises = ends - starts, middles - starts
-    bend = (chords[..., 0] * rises[..., 1] - chords[..., 1] * rises[..., 0]).abs() / chords.square().sum(2)
-    best = torch.where(bend < 0.25, bend, 0).argmax()
-    begin, which = begins[best // n], best % n
-    piece, alpha = paths[begin : begin + k + 1, which], alphas[begin : begin + k + 1, None]
-    # Eleven points of the line that replaces this piece, at γ = 0, 0.1, ... 1.
-    t, gamma = torch.full((11,), last - int(begin)), torch.linspace(0, 1, 11)
-    line = sub_path_point(piece[:1], piece[-1:], t, t - k, gamma, model.schedule, "sl", "approx").x
-    return paths, piece, alpha, line, f"t = {int(t[0])}, s = {int(t[0]) - k}"
+def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:
+    """How a number of steps is written, in tables and pictures."""
+    times = f" at t = {', '.join(map(str, timesteps))}" if timesteps else ""
+    return ("1 step" if n == 1 else f"{n} steps") + times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,109 +264,69 @@ def _sub_path(model: DiffusionModel, k: int, n: int = 8) -> tuple:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def output_file(path: str | Path, suffix: str) -> Path:
-    """Where a result is to be written: refused now rather than after the work that it is the result of."""
-    file = Path(path)
-    refuse(file.suffix != suffix or file.is_dir(), f"{file} must be the name of a file that ends in {suffix}")
-    writable_folder(file.parent)
-    return file
-
-
-def add_arguments(parser: training.Parser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Flags of every program that samples."""
-    parser.add_argument("--seed", type=training.seed, default=0, help="of the first sample; the i-th has it plus i")
-    parser.add_argument("--prompts", nargs="+", default=[], help="texts, or a file with one a line, or class labels")
-    parser.add_argument("--batch_size", type=training.positive, help="samples at a time (default: by kind of model)")
-    parser.add_argument("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
-
-
-def add_student_arguments(parser: training.Parser) -> None:
-    """Flags of programs in which students take several steps."""
-    # The paper's 1 is the default, and what a perfect student needs; splam.py, section 5, has the reason.
-    eta_help = "share of fresh noise between a student's steps; with 0 the first noise alone decides; paper: 1"
-    parser.add_argument("--eta", type=training.fraction, default=1.0, help=eta_help)
+    flag = parser.add_argument
+    flag("--seed", type=count, default=0, help="of the first sample; the i-th has it plus i")
+    flag("--prompts", nargs="+", default=[], help="texts, or a .txt file with one a line, or class labels")
+    flag("--batch_size", type=positive, help="samples at a time (default: by kind of model)")
+    flag("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
     # LCM's times were chosen for Stable Diffusion's schedule. docs/images.md has measured others on another one.
-    times_help = "of a student's steps, falling, in the place of --steps (default: LCM's times, evenly spaced)"
-    parser.add_argument("--timesteps", type=training.count, nargs="+", default=[], help=times_help)
+    flag("--timesteps", type=count, nargs="+", default=[], help="of a student, falling (default: LCM's, for --steps)")
 
 
-def parser() -> training.Parser:
+def parser() -> Parser:
     """The flags of sample.py."""
-    p = training.Parser(prog="sample.py", description="Sample students and teachers.", formatter_class=training.Help)
-    p.add_argument("models", nargs="+", help="pipeline folders or hub ids")
-    p.add_argument("--steps", type=training.positive, nargs="+", help="evaluations of students (default 4; paper: 1-4)")
-    p.add_argument("--teacher_steps", type=training.positive, nargs="+", help="of teachers (default 50)")
-    p.add_argument("--scheduler", choices=SAMPLERS, help="default: lcm for a student, ddim for a teacher")
-    p.add_argument("--guidance_w", type=training.finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
-    add_student_arguments(p)
-    p.add_argument(
-        "--num_images",
-        type=training.positive,
-        help="default: about 64, or one row in a picture of several rows; of points 4096",
-    )
-    p.add_argument("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
+    p = Parser(prog="sample.py", description="Sample students and teachers.")
+    flag = p.add_argument
+    flag("models", nargs="+", help="pipeline folders or hub ids")
+    flag("--steps", type=positive, nargs="+", help="evaluations of students (default 4; paper: 1-4)")
+    flag("--teacher_steps", type=positive, nargs="+", help="of teachers (default 50)")
+    flag("--scheduler", choices=list(SAMPLERS), help="default: lcm for a student, ddim for a teacher")
+    flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
+    flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
+    flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
     return p
 
 
 @program
 def main() -> None:
-    """Plans and checks all rows, then samples: (model, sampler, steps), each a row of the picture or a folder."""
-    args = parser().parse_args()
-    options = {"prompts": read_prompts(args.prompts)}
-    options |= {"batch_size": args.batch_size, "mixed_precision": args.mixed_precision}
-    # Whoever writes samples.jpg wants a picture, and would be surprised by a folder of that name.
-    out = output_file(args.out, ".png") if Path(args.out).suffix.lower() in EXTENSIONS else writable_folder(args.out)
-    plan = []
-    for name in args.models:  # all are loaded, and so all names checked, before hours of sampling begin
-        model = load(name).to(training.process().device)
+    """Plans and checks all rows of the picture, or all folders; then samples, which may take hours."""
+    args, plan, rows = parser().parse_args(), {}, {}
+    options = {"prompts": read_prompts(args.prompts), "batch_size": args.batch_size}
+    options["mixed_precision"] = args.mixed_precision
+    models = [load(name).to(training.process().device) for name in args.models]
+    for model in models:
+        model.labels(options["prompts"])
         sampler = args.scheduler or default_sampler(model)
-        timesteps = args.timesteps if sampler == "lcm" else []  # a teacher beside students keeps its own times
-        few = [len(timesteps)] if timesteps else args.steps or [4]
-        # Checked here and not when its turn comes: the rows before it may take hours, and a folder's record is written
-        # before its images.
-        for n in few if sampler == "lcm" else args.teacher_steps or [50]:
-            check_steps(model, n, sampler, timesteps)
-            plan.append((model, sampler, n))
-    samplers = {sampler for _, sampler, _ in plan}
-    # A flag that no row can use is refused: silently ignored, it would seem to have had no effect.
-    misplaced = samplers == {"lcm"} and (args.guidance_w or args.teacher_steps)
-    refuse(misplaced, "--guidance_w and --teacher_steps are for teachers; a student has its guidance in its weights")
-    misplaced = "lcm" not in samplers and (args.steps or args.timesteps)
-    refuse(misplaced, "--steps and --timesteps are for students; a teacher takes --teacher_steps")
-    refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
-    several = any(sampler == "lcm" and n > 1 for _, sampler, n in plan)
-    refuse(args.eta != 1 and not several, "--eta is for students of several steps: no others add noise")
+        steps, timesteps, w, useless = args.teacher_steps or [50], [], args.guidance_w, args.steps or args.timesteps
+        if sampler == "lcm":
+            steps, timesteps, useless = args.steps or [len(args.timesteps) or 4], args.timesteps, args.teacher_steps
+            w = 0.0 if len(models) > 1 and not model.takes_w else w  # it is for the teacher that stands beside
+        refuse(useless and len(models) == 1, f"{sampler} takes --{'' if sampler == 'lcm' else 'teacher_'}steps")
+        for n in steps:
+            check_steps(model, n, sampler, timesteps, w)
+            title = f"{model.name}, {sampler}{f', w = {w:g}' if w else ''}, {n_steps(n, timesteps)}"
+            plan[title] = model, n, {"sampler": sampler, "timesteps": timesteps, "w": w}
+    out = Path(args.out)
+    if out.suffix.lower() in Image.registered_extensions():  # whoever writes samples.jpg does not want a folder
+        output_file(out, ".png")
     # In a picture of several rows each row is one model's, so a row holds as many samples as there are columns.
-    columns = preview(plan[0][0])[1]
-    number = args.num_images or (columns if len(plan) > 1 else max(1, 64 // columns) * columns)
-    seeds, rows = range(args.seed, args.seed + number), {}
-    for model, sampler, n in plan:
-        # A student has its guidance in its weights. A teacher's solver adds no noise between its steps, and a single
-        # step has nothing between.
-        w = 0.0 if sampler == "lcm" else args.guidance_w
-        eta = args.eta if sampler == "lcm" and n > 1 else 1.0
-        timesteps = args.timesteps if sampler == "lcm" else []
+    number, columns = preview(models[0])
+    number = args.num_images or (number if len(plan) == 1 else columns)
+    seeds = range(args.seed, args.seed + number)
+    for title, (model, n, how) in plan.items():
         if out.suffix == ".png":
-            words = (f", w = {w:g}" if w else "") + (f", η = {eta:g}" if eta != 1 else "")
-            row = f"{model.name}, {sampler}, {n_steps(n, timesteps)}{words}"
-            rows[row] = sample(model, seeds, n, sampler, w=w, eta=eta, timesteps=timesteps, **options)
+            rows[title] = sample(model, seeds, n, **how, **options)
         else:
-            folder = out if len(plan) == 1 else out / f"{Path(model.name).name}-{sampler}-{n}"
-            sample_to_folder(model, seeds, folder, n, sampler, w=w, eta=eta, timesteps=timesteps, **options)
-    # A model alone has nothing to be compared with. By default its grid has whole rows of all classes; any other number
-    # of images is shown in a square.
+            folder = out / re.sub(r"[^\w.+]+", "-", title).strip("-") if len(plan) > 1 else out
+            sample_to_folder(model, seeds, folder, n, **how, **options)
     if len(rows) == 1:
-        picture(*rows.values(), columns=round(number**0.5) if args.num_images else columns).save(out)
+        picture(*rows.values(), columns).save(out)
     elif rows:
-        overview(model, rows).save(out)
+        overview(min(models, key=lambda model: model.is_student), rows).save(out)  # the PF-ODE is a teacher's
     print(out)
-
-
-def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:
-    """How a row is named, in tables and pictures."""
-    times = f" at t = {', '.join(map(str, timesteps))}" if timesteps else ""
-    return ("1 step" if n == 1 else f"{n} steps") + times
 
 
 if __name__ == "__main__":

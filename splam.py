@@ -162,7 +162,7 @@ def multiple_estimation(
 #   x_s = α_s x̂_0 + σ_s ε̂. On a line between them the coefficients of ε̂ are on a line too. This is the "linear" σ_γ,
 #   the form below Eq. 15, which the paper calls approximate. For one solver step it is exact, to rounding. With m > 1
 #   steps the estimate ε̂ changes on the way, and the form is an approximation again.
-# - x_t is r x_s plus noise that does not depend on x_s, when x_t was made from x_s by fresh noise, as a Markov chain does
+# - x_t is r x_s plus noise that does not depend on x_s, when x_t was made from x_s by a step of a Markov chain
 #   (Eq. 20: x_t = r x_s + √(1-r²) ε'; Eq. 21 and 22 say what that makes of x_0). Then variances add: put Eq. 20 into
 #   Eq. 12, and x_γ = r x_s + γ √(1-r²) ε' (Eq. 23), so that σ_γ² = r² σ_s² + γ² (1-r²) (Eq. 24). This is the "markov"
 #   σ_γ, which the paper calls exact. Training does not couple its ends in this way.
@@ -220,9 +220,9 @@ def sub_path_point(
 #
 # The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, so a
 # network that believes t estimates the noise wrongly. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is
-# 15 at t = 999. So the network must be told where on the sub-path it is: an embedding of γ is added to the network's own
-# embedding of t, and the network learns what it means. The embedding is zero at γ = 1. So there the student is exactly
-# the teacher before training; and after training, when γ is always 1, the embedding's weights are dropped.
+# 15 at t = 999. So the network must be told where on the sub-path it is: an embedding of γ is added to the network's
+# own embedding of t, and the network learns what it means. The embedding is zero at γ = 1. So there the student is
+# exactly the teacher before training; and after training, when γ is always 1, the embedding's weights are dropped.
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in diffusers has too
@@ -245,8 +245,8 @@ def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
 class ConsistencyFunction(nn.Module):
     """F_θ(x_γ, c, γ) of Eq. 16 around a network with diffusers' signature, `network(x, t, **cond).sample`.
 
-    This is the finished student, which is asked at γ = 1 only. A student in training is a subclass, whose `tell` says to
-    the network where on the sub-path it is.
+    This is the finished student, which is asked at γ = 1 only. A student in training is a subclass, whose `tell` says
+    to the network where on the sub-path it is.
     """
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: str):
@@ -254,7 +254,7 @@ class ConsistencyFunction(nn.Module):
         self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
 
     def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """What the network gets for x and t, and the signal and the noise of that x. At γ = 1 there is nothing to tell."""
+        """What the network gets for x and t, and signal and noise of that x. At γ = 1 there is nothing to tell."""
         return x, t, alpha, sigma
 
     def forward(self, x: Tensor, t: Tensor, gamma: Tensor | None = None, point: SubPathPoint | None = None, **cond):
@@ -293,9 +293,9 @@ class GammaTimeEmbedding(nn.Module):
 
     W has no bias, so that e(1) = 0 adds exactly nothing, whatever W is.
 
-    diffusers' networks have no argument for γ, so SubPathStudent leaves it in the attribute `gamma` before each pass. A
-    forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the target's hook would
-    read the γ that the student was last given, and not its own γ = 1, without an error.
+    diffusers' networks have no argument for γ, so SubPathStudent leaves it in the attribute `gamma` before each pass.
+    A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the target's hook
+    would read the γ that the student was last given, and not its own γ = 1, without an error.
     """
 
     def __init__(self, time_embedding: nn.Module):
@@ -417,8 +417,8 @@ def splad_loss(
         gamma, ode = torch.ones_like(gamma), "sl"  # at γ = 1 both lines are x_t
     point = sub_path_point(x_t, x_s, t, s, gamma, schedule, ode, sigma_form)  # Eq. 12, or 26
     d = distance(student(point.x, t, gamma, point, **cond), landing, metric)  # Eq. 17, one number for each sample
-    # Consistency models weight d by a λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect". Such a
-    # weight would multiply d here.
+    # Consistency models weight d by a λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect". Such
+    # a weight would multiply d here.
     return d.mean()
 
 

@@ -1,4 +1,4 @@
-"""python -m toy.tiny_sd --data data/cifar10        40 minutes on two CPU cores
+"""python -m experiments.tiny_sd --data data/cifar10        an hour on two CPU cores
 
 A real Stable Diffusion that fits a laptop: every part is trained here, from CIFAR-10 with captions, and is small.
 
@@ -6,29 +6,36 @@ A real Stable Diffusion that fits a laptop: every part is trained here, from CIF
 2. Tokenizer: byte-pair encoding of the captions, in CLIP's format.
 3. Text encoder: a CLIP text model, trained against an image network until captions find the images of their class.
 4. VAE: 32x32 pixels -> latents of 16x16 with 4 channels.
-5. U-Net: ordinary denoising of cached latents with 10 % of the captions dropped (teacher.train).
+5. U-Net: ordinary denoising of latents with 10 % of the captions dropped (teacher.train).
 """
 
 import argparse
-import io
+import math
+import sys
 from pathlib import Path
 
 import torch
 import webdataset
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import training
-from data import Images, load_images, program
+from cli import Parser, positive, program, share
+from data import Captions, Images, load_images
+from evaluate import Classifier
+from experiments.features import fit
 from splam import distance
 from teacher import StableDiffusion, train
-from toy.features import Classifier, fit
 
+# A command line that is read before what was typed.
+RECIPE = (
+    "--max_train_steps 4500 --train_batch_size 64 --learning_rate 1e-3 --lr_scheduler cosine --max_grad_norm 1"
+    " --mixed_precision bf16 --resume_from_checkpoint latest --output_dir runs/tiny-sd"
+)
 TEMPLATES = ["a photo of {}", "a picture of {}", "an image of {}", "a small photo of {}", "{}"]
 LENGTH, WIDTH, SHARDS = 16, 64, 10  # tokens of a prompt, width of their embeddings, tar files
 
@@ -39,23 +46,20 @@ def caption(name: str, i: int) -> str:
     return TEMPLATES[i % len(TEMPLATES)].format(f"{article} {name}")
 
 
-def write_shards(images: Images, folder: Path) -> str:
-    """Shuffled image-caption pairs as PNG and txt in `folder`; returns the pattern that names the shards."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_shards(images: Images, folder: Path) -> None:
+    """Shuffled image-caption pairs as PNG and txt, in tar files; nothing if the folder is there."""
+    if folder.is_dir():
+        return
+    draft = folder.with_name(f"{folder.name}.tmp")  # renamed when all are complete
+    draft.mkdir(parents=True, exist_ok=True)
     # Images lie on disk class by class. distill.py shuffles among 1,000 samples only, so the order must be random here.
     order = torch.randperm(len(images.samples), generator=torch.Generator().manual_seed(0)).tolist()
-    for shard in tqdm(range(SHARDS), desc="shards", unit="tar", leave=False):
-        path, draft = folder / f"cifar-{shard:03d}.tar", folder / f"cifar-{shard:03d}.tar.tmp"
-        if path.is_file():  # of an earlier run; a shard that was interrupted still has its draft's name
-            continue
-        with webdataset.TarWriter(str(draft)) as tar:
-            for i in order[shard::SHARDS]:
-                png = io.BytesIO()
-                Image.fromarray(images.samples[i].permute(1, 2, 0).numpy()).save(png, "PNG")
-                text = caption(images.classes[images.labels[i]], i)
-                tar.write({"__key__": f"{i:06d}", "png": png.getvalue(), "txt": text})
-        draft.rename(path)
-    return f"{folder}/cifar-{{000..{SHARDS - 1:03d}}}.tar"
+    size = math.ceil(len(order) / SHARDS)
+    with webdataset.ShardWriter(f"{draft}/cifar-%03d.tar", maxcount=size, verbose=0) as writer:
+        for i in tqdm(order, "shards", leave=False):
+            text = caption(images.classes[images.labels[i]], i)
+            writer.write({"__key__": f"{i:06d}", "png": images.samples[i].permute(1, 2, 0).numpy(), "txt": text})
+    draft.rename(folder)
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -79,7 +83,7 @@ class CLIP(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """The similarity of each image with each caption, (B, B): ten times the cosine, since a softmax of numbers
         between -1 and 1 could never be sure."""
-        _, image = self.image(pixels)
+        image = self.image(pixels)
         return 10 * normalize(image.float(), dim=1) @ normalize(self.text(tokens).pooler_output.float(), dim=1).T
 
 
@@ -139,45 +143,38 @@ def new_unet() -> UNet2DConditionModel:
 @program
 def main() -> None:
     """Makes the shards, trains the three networks one after the other, and saves the pipeline."""
-    description = __doc__.splitlines()[2]
-    p = training.Parser(prog="python -m toy.tiny_sd", description=description, formatter_class=training.Help)
+    p = Parser(prog="python -m experiments.tiny_sd", description=__doc__.splitlines()[2])
     p.add_argument("--data", default="data/cifar10", help="folder of images by class")
     p.add_argument("--shards", default="shards", help="folder for the image-caption pairs")
     p.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="of the U-Net")
-    p.add_argument("--clip_steps", type=training.positive, default=400, help="of training the text encoder")
-    p.add_argument("--vae_steps", type=training.positive, default=900, help="of training the VAE")
-    p.add_argument("--ema_decay", type=training.share, default=0.999, help="of the U-Net's weights that are saved")
+    p.add_argument("--clip_steps", type=positive, default=400, help="of training the text encoder")
+    p.add_argument("--vae_steps", type=positive, default=900, help="of training the VAE")
+    p.add_argument("--ema_decay", type=share, default=0.999, help="of the U-Net's weights that are saved")
     training.add_arguments(p)
-    recipe = "--max_train_steps 4500 --train_batch_size 64 --learning_rate 1e-3 --lr_scheduler cosine --max_grad_norm 1"
-    recipe += " --mixed_precision bf16 --resume_from_checkpoint latest --output_dir runs/tiny-sd"
-    args = training.parse(p, recipe)
-    folder = Path(args.output_dir)
+    args = p.parse_args([*RECIPE.split(), *sys.argv[1:]])
+    folder = training.run_folder(args.output_dir)
 
     def stage(name: str, **flags) -> argparse.Namespace:
         """The flags of one network's training. Each has a folder of its own, for its checkpoints."""
+        set_seed(args.seed)  # of the initial weights
         return argparse.Namespace(**{**vars(args), "output_dir": str(folder / name), **flags})
 
     images = load_images(args.data, mirror=True)
-    shards = write_shards(images, Path(args.shards))
-    set_seed(args.seed)  # of the initial weights
+    write_shards(images, Path(args.shards))
     # Kept: made again after an interruption, it might number the tokens otherwise than the trained text encoder.
     kept = folder / "training-tokenizer"
-    if kept.is_dir():
-        tokenizer = CLIPTokenizer.from_pretrained(kept)
-    else:
-        tokenizer = make_tokenizer([caption(name, i) for name in images.classes for i in range(len(TEMPLATES))])
-        tokenizer.save_pretrained(kept)
+    if not kept.is_dir():
+        captions = [caption(name, i) for name in images.classes for i in range(len(TEMPLATES))]
+        make_tokenizer(captions).save_pretrained(kept)
+    tokenizer = CLIPTokenizer.from_pretrained(kept)
     text_encoder = train_text_encoder(stage("training-clip", max_train_steps=args.clip_steps), images, tokenizer)
     vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
     options = {"prediction_type": args.prediction_type, "steps_offset": 1, "clip_sample": False}
+    unet = stage("")
     parts = (vae, text_encoder, tokenizer, new_unet(), DDPMScheduler(**noise, **options), None, None)
-    pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    teacher = StableDiffusion(pipeline, str(folder)).to(training.process().device)
-    # VAE and text encoder are finished, so what they make of each pair is computed once, and kept.
-    pairs = {"data": shards, "resolution": None, "min_image_size": 0, "max_pwatermark": 1.0, "allow_pipe": False}
-    unet = stage("", **pairs, cache_latents=str(folder / "latents"))
-    train(unet, teacher, teacher.dataset(unet))
+    teacher = StableDiffusion(StableDiffusionPipeline(*parts, requires_safety_checker=False), str(folder))
+    train(unet, teacher, Captions(args.shards, teacher.resolution))
     print(f"text-to-image teacher: {folder}")
 
 

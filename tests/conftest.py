@@ -8,7 +8,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -16,10 +15,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import constants
 from hypothesis import settings
 from PIL import Image
-from safetensors.torch import save_file
 
 import teacher
-from toy import features
 from toy.mlp import PointMLP
 
 constants.HF_HUB_OFFLINE = True  # no test needs a network, and none may wait for one
@@ -136,45 +133,3 @@ def save(folder: Path, network, prediction_type="epsilon", beta_schedule="scaled
     else:
         DDPMPipeline(unet=network, scheduler=scheduler).save_pretrained(folder)
     return folder
-
-
-def classifier(classes: int) -> features.Classifier:
-    """A feature extractor that can be computed in the head: its first features are the brightest value of each channel
-    in blocks of 8x8 pixels, the mean of all blocks, and so are its logits; its other features are 0."""
-    network = features.Classifier(classes).eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):  # each passes its first three channels on
-            torch.nn.init.dirac_(module.weight)
-            module.weight.data[3:] = 0
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_var.fill_(1 - module.eps)
-    for module in network.body:
-        if isinstance(module, features.Residual):  # x + f(x), so f must be 0
-            torch.nn.init.zeros_(module[0][0].weight)
-    network.body[0][1].bias.data += 1  # pixels from 0 on, in the place of -1, which ReLU would make 0
-    network.head.weight.data = 127.5 * torch.eye(classes, 256)
-    torch.nn.init.zeros_(network.head.bias)
-    return network
-
-
-@pytest.fixture
-def means(tmp_path) -> Path:
-    """The file of `classifier`, whose classes are the colours."""
-    file = tmp_path / "means.safetensors"
-    save_file(classifier(3).state_dict(), file, metadata={"classes": json.dumps(["red", "green", "blue"])})
-    return file
-
-
-@pytest.fixture
-def clip(tmp_path) -> str:
-    """A random CLIP of open_clip's own code, small, with its weights in a file."""
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-test.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-test").state_dict(), tmp_path / "weights.pt")
-    return f"tiny-test/{tmp_path / 'weights.pt'}"

@@ -1,6 +1,7 @@
-"""The 2-D distributions, held against autograd, scipy and their own samples; and the network's calling convention."""
+"""The 2-D distributions, held against autograd, scipy, diffusers and their own samples; the network; the plots."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,82 +9,52 @@ import torch
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import logsumexp
 from scipy.stats import norm
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from splam import Schedule, to_x0_eps
+from toy import plots
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
 from toy.mlp import PointMLP
 
 each_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
-alphas, seeds = st.floats(0.01, 0.999), st.integers(0, 2**32 - 1)
+SCHEDULE = Schedule(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
 
 
 def schedule_at(alpha):
     return torch.tensor([[alpha]], dtype=torch.float64), torch.tensor([[math.sqrt(1 - alpha**2)]], dtype=torch.float64)
 
 
-def within_5_standard_errors(samples, expected):
-    """The mean of `samples` (n, ...) is `expected`, as far as n samples can tell."""
-    error = samples.std(0) / math.sqrt(len(samples))
-    assert ((samples.mean(0) - expected).abs() < 5 * error).all()
-
-
 @settings(max_examples=25)
-@given(alphas, seeds)
+@given(st.floats(0.01, 0.999), st.integers(0, 2**32 - 1))
 @each_distribution
 def test_eps_is_the_gradient_of_the_log_density(name, alpha, seed):
-    """ε = -σ ∇ log p_t (below Eq. 3)."""
+    """ε = -σ ∇ log p_t (below Eq. 3) by autograd, with torch's own mixture of N(α mean, (α std)² + σ²)."""
     mixture, (alpha, sigma) = DISTRIBUTIONS[name], schedule_at(alpha)
     x = 2 * torch.randn(8, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x.requires_grad_()
-    (score,) = torch.autograd.grad(mixture.log_density(x, alpha, sigma).sum(), x)
+    means, deviation = alpha * mixture.means.double(), ((alpha * mixture.std) ** 2 + sigma**2).sqrt()
+    parts = Independent(Normal(means, deviation.expand(means.shape)), 1)
+    density = MixtureSameFamily(Categorical(torch.ones(len(means), dtype=torch.float64)), parts)
+    (score,) = torch.autograd.grad(density.log_prob(x.requires_grad_()).sum(), x)
     torch.testing.assert_close(mixture.eps(x.detach(), alpha, sigma), -sigma * score)
-
-
-@settings(max_examples=25)
-@given(alphas, seeds)
-@each_distribution
-def test_log_density_is_the_diffused_mixture(name, alpha, seed):
-    """Components N(α mean, (α std)² + σ²), by scipy, whose norm is of one dimension."""
-    mixture, (alpha, sigma) = DISTRIBUTIONS[name], schedule_at(alpha)
-    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    deviation = math.hypot(alpha.item() * mixture.std, sigma.item())
-    parts = norm(alpha * mixture.means.double(), deviation).logpdf(x[:, None]).sum(2)
-    expected = logsumexp(parts, axis=1) - math.log(len(mixture.means))
-    np.testing.assert_allclose(mixture.log_density(x, alpha, sigma), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("alpha", [0.95, 0.5])
-@each_distribution
-def test_density_integrates_to_one(name, alpha):
-    side = torch.linspace(-6, 6, 121, dtype=torch.float64)
-    log_p = DISTRIBUTIONS[name].log_density(torch.cartesian_prod(side, side), *schedule_at(alpha))
-    assert log_p.exp().sum() * 0.1**2 == pytest.approx(1, abs=1e-6)
 
 
 @each_distribution
 def test_samples_have_the_moments_of_the_mixture(name):
-    """Each point is its component's mean plus noise of the right size, and components are equally likely."""
-    mixture = DISTRIBUTIONS[name]
-    x, component = (a.double() for a in mixture.sample(100_000, torch.Generator().manual_seed(0)))
-    means, isotropic = mixture.means.double(), mixture.std**2 * torch.eye(2, dtype=torch.float64)
-    within_5_standard_errors(x, means.mean(0))
-    within_5_standard_errors(x[:, :, None] * x[:, None], means.T @ means / len(means) + isotropic)
-    noise = x - means[component.long()]
-    within_5_standard_errors(noise[:, :, None] * noise[:, None], isotropic)
-    within_5_standard_errors((component[:, None] == torch.arange(len(means))).double(), 1 / len(means))
-
-
-@pytest.mark.parametrize("alpha", [0.99, 0.7, 0.1])
-@each_distribution
-def test_eps_is_the_mean_of_the_noise_given_x(name, alpha):
-    """So what is left of the true noise is uncorrelated with every function of x: what training ε_θ looks for."""
-    mixture, (alpha, sigma), g = DISTRIBUTIONS[name], schedule_at(alpha), torch.Generator().manual_seed(0)
-    noise = torch.randn(20_000, 2, generator=g, dtype=torch.float64)
-    x = alpha * mixture.sample(20_000, g)[0] + sigma * noise
-    left = noise - mixture.eps(x, alpha, sigma)
-    for function in (torch.ones_like(x), x, torch.sin(5 * x), torch.sign(x)):
-        within_5_standard_errors(left * function, 0)
+    """Components are equally likely, and each point is its component's mean plus noise of the right size."""
+    mixture, n = DISTRIBUTIONS[name], 100_000
+    x, component = mixture.sample(n, torch.Generator().manual_seed(0))
+    noise = (x - mixture.means[component]) / mixture.std
+    shares = (component[:, None] == torch.arange(len(mixture.means))).double() * len(mixture.means)
+    squares = noise[:, :, None] * noise[:, None]
+    for values, expected in (
+        (shares, 1),
+        (noise, 0),
+        (squares, torch.eye(2)),
+        (noise[:, :, None] * shares[:, None], 0),
+    ):
+        error = values.std(0) / math.sqrt(n)  # as far as n samples can tell
+        assert ((values.mean(0) - expected).abs() < 5 * error).all()
 
 
 @pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if DISTRIBUTIONS[name].num_classes])
@@ -103,11 +74,9 @@ def test_a_label_leaves_the_components_of_its_class(name):
 
 def test_class_probabilities_are_bayes():
     mixture, x = DISTRIBUTIONS["clouds"], torch.randn(50, 2, dtype=torch.float64)
-    density = np.stack(
-        [np.exp(norm(mixture.means[mixture.classes == c], 0.25).logpdf(x[:, None]).sum(2)).sum(1) for c in (0, 1)], 1
-    )
+    parts = [norm(mixture.means[mixture.classes == c], 0.25) for c in (0, 1)]
+    density = np.stack([np.exp(part.logpdf(x[:, None]).sum(2)).sum(1) for part in parts], 1)
     np.testing.assert_allclose(mixture.class_probabilities(x), density / density.sum(1, keepdims=True), rtol=1e-5)
-    assert mixture.class_probabilities(mixture.means[mixture.classes == 1])[:, 1].min() > 0.5
 
 
 @pytest.mark.parametrize("label, w", [(None, 0.0), (1, 0.0), (1, 2.0)])
@@ -133,18 +102,42 @@ def test_the_endpoint_of_one_gaussian_is_a_scaling():
     torch.testing.assert_close(mixture.endpoint(x, alpha, sigma), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_component_has_a_linear_eps():
-    """ε = σ (x - α mean) / ((α std)² + σ²), worked out by hand for one Gaussian."""
-    alpha, sigma = schedule_at(0.6)
-    eps = GaussianMixture(torch.tensor([[2.0, -1.0]]), 0.5).eps(torch.tensor([[1.0, 1.0]]).double(), alpha, sigma)
-    torch.testing.assert_close(eps, torch.tensor([[0.8 * (1 - 1.2), 0.8 * (1 + 0.6)]]).double() / (0.09 + 0.64))
-
-
 def test_network_takes_one_time_or_one_each_and_times_in_between():
-    torch.manual_seed(0)
-    network, x, t = PointMLP(width=16, depth=1, time_dim=8), torch.randn(4, 2), torch.tensor([0.0, 10.0, 10.5, 11.0])
-    each = network(x, t).sample
-    for i in range(4):
-        torch.testing.assert_close(network(x, t[i]).sample[i], each[i])
-    at_one_x = network(x[:1].expand(4, 2), t).sample
-    assert len(at_one_x.unique(dim=0)) == 4
+    network, x, t = PointMLP(width=16, depth=1, time_dim=8), torch.randn(1, 2), torch.tensor([0.0, 10.0, 10.5, 11.0])
+    each = network(x.expand(4, 2), t).sample
+    torch.testing.assert_close(torch.cat([network(x, time).sample for time in t]), each)
+    assert len(each.unique(dim=0)) == 4
+
+
+def ideal(name, x, t):
+    """The mixture's own denoiser."""
+    alpha, sigma = SCHEDULE.at(t, 2)
+    return to_x0_eps(DISTRIBUTIONS[name].eps(x, alpha, sigma), x, alpha, sigma, "epsilon")
+
+
+@pytest.mark.parametrize("k", [20, 100])
+@each_distribution
+def test_the_sub_path_that_is_shown_is_bent_and_its_line_a_chord_in_z(name, k):
+    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    path = plots.sub_path(partial(ideal, name), SCHEDULE, noise, k)
+    x, alpha = path.x[:, path.which].double(), path.alpha.double()
+    assert path.end - path.begin == k and torch.equal(path.x[0], noise)
+    end = DISTRIBUTIONS[name].endpoint(x[:1], *SCHEDULE.at(torch.tensor([999]), 2))  # by scipy
+    assert (x[-1] - end[0]).norm() < 0.1
+    ends = torch.stack([alpha[path.begin] / alpha[path.end] * x[path.end], x[path.begin]])  # r x_s and x_t
+    torch.testing.assert_close(path.line[[0, -1]].double(), ends, rtol=1e-5, atol=1e-5)
+    # Somewhere the curve leaves its chord, but it does not fold back on it.
+    z = (x / alpha)[path.begin : path.end + 1]
+    (along, across), rise = z[-1] - z[0], z - z[0]
+    assert 0.001 < (along * rise[:, 1] - across * rise[:, 0]).abs().max() / (along**2 + across**2) < 0.41
+
+
+@pytest.mark.parametrize("panels, shape", [(1, (1, 1)), (6, (1, 6)), (7, (2, 4)), (13, (3, 5))])
+def test_the_picture_wraps_any_number_of_panels(monkeypatch, panels, shape):
+    monkeypatch.setattr(plots, "_rendered", lambda figure: figure)
+    path = plots.sub_path(partial(ideal, "8gaussians"), SCHEDULE, torch.randn(8, 2), 100)
+    named = {f"a long name, {i} steps": torch.randn(50, 2) for i in range(panels)}
+    for below, shown in ((None, 0), (path, 3)):
+        axes = [axis for axis in plots.overview(named, below).axes if axis.axison]
+        grid = axes[0].get_subplotspec().get_gridspec()
+        assert len(axes) == panels + shown and (grid.nrows, grid.ncols) == shape

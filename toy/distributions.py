@@ -35,14 +35,11 @@ class GaussianMixture:
         return self.means[component] + self.std * torch.randn(n, 2, generator=generator), component
 
     def _component_log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log N(x; α means, variance) of each component (B, K), up to a constant that softmax removes; and what its
+        gradient needs: the offsets (B, K, 2) of the means from x, and the variance (B, 1)."""
         variance = (alpha * self.std) ** 2 + sigma**2
         offset = alpha[..., None] * self.means.to(x) - x[:, None]  # (B, K, 2)
-        return -offset.square().sum(2) / (2 * variance) - (2 * math.pi * variance).log(), offset, variance
-
-    def log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """log p_t(x), shape (B,), of x = α x_0 + σ ε; α and σ are (B, 1)."""
-        log_p, _, _ = self._component_log_density(x, alpha, sigma)
-        return log_p.logsumexp(1) - math.log(len(self.means))
+        return -offset.square().sum(2) / (2 * variance), offset, variance
 
     def class_probabilities(self, x: Tensor) -> Tensor:
         """How likely a point x (B, 2) of the data is of each class, (B, classes)."""

@@ -20,7 +20,7 @@ from splam import Denoiser, Schedule, multiple_estimation, sub_path_point
 # Ten colours that people with any colour vision can tell apart (Petroff 2021). Lines and markers differ as well.
 plt.style.use(["petroff10", {"font.size": 9, "axes.titlesize": 9, "legend.frameon": False}])
 LINES, MARKERS = ["-", "--", ":", "-."], "os^Dvx*"
-WIDTH = 8.3  # inches, at 100 pixels an inch on a page: 9 points are then 12 pixels
+WIDTH = 8.3  # inches. At 100 pixels an inch, letters of 9 points are 12 pixels high
 LIMIT = 1.6  # half the width of a panel of points, in data units
 
 
@@ -32,18 +32,13 @@ def _rendered(figure: plt.Figure) -> Image.Image:
     return Image.open(buffer)
 
 
-def _scatter(axis: plt.Axes, points: Tensor, title: str) -> None:
-    """All panels of points show the same square, so that they can be compared."""
-    axis.scatter(*points.T, s=1.2, alpha=0.5, linewidths=0)
-    title = textwrap.fill(title, 18)  # what is longer would reach into the next panel
-    axis.set(title=title, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
-
-
-def scatter(points: Tensor) -> Image.Image:
-    """One panel of points (n, 2)."""
-    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
-    _scatter(axis, points, f"{len(points)} points")
-    return _rendered(figure)
+def _panels(figure, n: int, most: int) -> list[plt.Axes]:
+    """n axes in as few rows as `most` in a row allow, and these of equal length."""
+    rows = math.ceil(n / most)
+    axes = figure.subplots(rows, math.ceil(n / rows), squeeze=False).flat
+    for unused in axes[n:]:
+        unused.set_axis_off()
+    return axes[:n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,23 +49,24 @@ GAMMAS = torch.tensor([0, 0.25, 0.5, 0.75, 1])  # the points of the line that ar
 
 
 class SubPath(NamedTuple):
-    """Trajectories of the PF-ODE from noise to data; the one at place `which` has the sub-path from time t to s."""
+    """Trajectories of the PF-ODE from noise to data, and one sub-path of the one called `which`."""
 
-    x: Tensor  # (N, n, 2); place p in the first dimension is time N-1-p
+    x: Tensor  # (N, n, 2); place p of the first dimension is time N-1-p
     alpha: Tensor  # (N, 1), the signal at each place
     which: int
-    t: int
-    s: int
-    line: Tensor  # x_γ at GAMMAS, from r x_s to x_t
+    begin: int  # the place of x_t
+    end: int  # and of x_s
+    line: Tensor  # (5, 2), x_γ at GAMMAS, from r x_s to x_t
 
 
 @torch.no_grad()
 def sub_path(denoise: Denoiser, schedule: Schedule, noise: Tensor, k: int) -> SubPath:
     """The trajectories that begin in `noise` (n, 2), and the sub-path of length k that shows best what its line is.
 
-    DDIM steps of length 1 are the PF-ODE, as far as the eye can tell. How far a sub-path bends is how high it rises over
-    its chord in z = x/α. Multiplied by α, that is a length in the plane of x. The sub-path that rises highest is shown.
-    What turns back on itself, higher than 0.4 of its chord, is left out: there the chord means nothing to the eye.
+    DDIM steps of length 1 are the PF-ODE, as far as the eye can tell. The most bent sub-path is shown: the one that
+    rises highest over its chord in z = x/α, times α, which is a length in the plane of x. Two kinds are left out.
+    Higher than 0.4 of its chord, a sub-path turns back on itself. And where x_s is nearer to r x_s than a quarter of
+    the line's length, the two cannot be told apart.
     """
     states, last = [noise], len(schedule) - 1
     for time in range(last, 0, -1):
@@ -78,81 +74,148 @@ def sub_path(denoise: Denoiser, schedule: Schedule, noise: Tensor, k: int) -> Su
         states.append(multiple_estimation(denoise, schedule, states[-1], t, t - 1, k=1, solver_step=1))
     x, alpha = torch.stack(states).cpu(), schedule.alpha.cpu().flip(0)[:, None]
     k = min(k, last)
-    begins = torch.arange(0, last - k + 1, 5)[:, None]
-    pieces = (x / alpha[..., None])[begins + torch.arange(0, k + 1, max(1, k // 10))]  # (begins, points, n, 2)
-    chord, rise = pieces[:, -1:] - pieces[:, :1], pieces - pieces[:, :1]
-    length = chord.norm(dim=3)
-    height = (chord[..., 0] * rise[..., 1] - chord[..., 1] * rise[..., 0]).abs() / length
-    height, length = height.amax(1), length[:, 0]
-    best = torch.where(height < 0.4 * length, height * alpha[begins[:, 0]], 0).argmax()
+    begins = torch.arange(0, last - k + 1, 5)
+    # Points as complex numbers: turned until its chord is real, a sub-path has its heights as imaginary parts.
+    z = (torch.view_as_complex(x) / alpha)[begins[:, None] + torch.arange(0, k + 1, max(1, k // 10))]
+    chord = z[:, -1:] - z[:, :1]  # (begins, 1, n)
+    height = ((z - z[:, :1]) * chord.conj() / chord.abs()).imag.abs().amax(1) * alpha[begins]
+    length = chord[:, 0].abs() * alpha[begins]
+    gap = (1 - alpha[begins] / alpha[begins + k]) * x[begins + k].norm(dim=2)
+    best = torch.where((height < 0.4 * length) & (gap > 0.25 * length), height, 0).argmax()
     begin, which = int(begins[best // len(noise)]), int(best % len(noise))
     t = torch.full((len(GAMMAS),), last - begin)
     ends = x[begin, which].expand(len(t), 2), x[begin + k, which].expand(len(t), 2)
     line = sub_path_point(*ends, t, t - k, GAMMAS, schedule, "sl", "linear").x
-    return SubPath(x, alpha, which, last - begin, last - begin - k, line)
+    return SubPath(x, alpha, which, begin, begin + k, line)
 
 
-def overview(panels: dict[str, Tensor], path: SubPath) -> Image.Image:
-    """A panel for each named batch of points (n, 2), at most six in a row. Below them the PF-ODE, whole, and one of its
-    sub-paths close up: in x, and in z = x/α."""
+def overview(panels: dict[str, Tensor], path: SubPath | None = None) -> Image.Image:
+    """A panel for each named batch of points (n, 2), at most six in a row. With a `path`, below them the PF-ODE: whole,
+    and one of its sub-paths close up, in x and in z = x/α."""
     rows = math.ceil(len(panels) / 6)
     columns = math.ceil(len(panels) / rows)
-    heights = [rows * (min(WIDTH / columns, 2.8) + 0.35), 3.1]
+    # What is longer than its panel has several lines. The number of steps, after the last comma, begins a new one.
+    split = [title.rsplit(", ", 1) for title in panels]
+    titles = ["\n".join(textwrap.fill(part, 110 // columns) for part in parts) for parts in split]
+    lines = 1 + max(title.count("\n") for title in titles)
+    heights = [rows * (min(WIDTH / columns, 2.8) + 0.15 + 0.18 * lines), 3.15 if path else 0]
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    above, below = figure.subfigures(2, height_ratios=heights)
-    axes = above.subplots(rows, columns, squeeze=False)
-    for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
-        _scatter(axis, points, title)
-    for unused in axes.flat[len(panels) :]:
-        unused.set_axis_off()
-    whole, in_x, in_z = below.subplots(1, 3)
-    whole.plot(*path.x.movedim(2, 0), color="C3", lw=0.8)
-    whole.plot(*path.x[-1].T, "C3o", ms=3)
-    whole.set(title="PF-ODE, from noise to data (dots)", aspect="equal", xticks=[], yticks=[])
-    _close_up(in_x, path, "x")
-    _close_up(in_z, path, "z")
-    # Where in the plane the close-up is.
-    piece = path.x[len(path.x) - 1 - path.t : len(path.x) - path.s, path.which]
-    whole.plot(*path.x[:, path.which].T, color="C0", lw=1)
-    whole.plot(*piece.T, color="C0", lw=4)
-    whole.indicate_inset(bounds=(*in_x.viewLim.p0, *in_x.viewLim.size), edgecolor="black", alpha=1)
-    handles, names = in_x.get_legend_handles_labels()
-    below.legend(handles, names, loc="outside lower right", ncols=2)
+    above, *below = figure.subfigures(2 if path else 1, squeeze=False, height_ratios=heights[: 2 if path else 1]).flat
+    for axis, title, points in zip(_panels(above, len(panels), 6), titles, panels.values(), strict=True):
+        axis.scatter(*points.T, s=1.2, alpha=0.5, linewidths=0)
+        # All show the same square, so that they can be compared.
+        axis.set(title=title, xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
+    if path:
+        _pf_ode(below[0], path)
     return _rendered(figure)
 
 
+def _pf_ode(figure, path: SubPath) -> None:
+    """Three panels: all trajectories, and the sub-path in x and in z."""
+    whole, in_x, in_z = figure.subplots(1, 3)
+    _close_up(in_x, path, "x")
+    _close_up(in_z, path, "z")
+    whole.plot(*path.x[:, ::2].movedim(2, 0), color="C3", lw=0.8)
+    whole.plot(*path.x[-1, ::2].T, "C3o", ms=3)
+    whole.plot(*path.x[:, path.which].T, color="C0", lw=1.2)
+    whole.plot(*path.x[path.begin : path.end + 1, path.which].T, color="C0", lw=4)
+    whole.indicate_inset(bounds=(*in_x.viewLim.p0, *in_x.viewLim.size), edgecolor="black", alpha=1)
+    whole.set(title="PF-ODE, from noise to data (dots)", aspect="equal", xticks=[], yticks=[])
+    figure.legend(*in_x.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+
+
 def _close_up(axis: plt.Axes, path: SubPath, name: str) -> None:
-    """One sub-path with its line. In x the line ends in r x_s, beside x_s. In z, where r is divided out, it ends in z_s:
-    it is a chord of the curve."""
-    begin, end = len(path.x) - 1 - path.t, len(path.x) - 1 - path.s
-    curve, line = path.x[:, path.which], path.line
+    """One sub-path with its line. In x the line ends in r x_s, beside x_s. In z, where r is divided out, it ends in
+    z_s: it is a chord of the curve."""
+    curve, line, last = path.x[:, path.which], path.line, len(path.x) - 1
     if name == "z":
-        curve, line = curve / path.alpha, line / path.alpha[begin]  # all of the line has the signal of its start
-    piece = curve[begin : end + 1]
+        curve, line = curve / path.alpha, line / path.alpha[path.begin]  # all of the line has the signal of its start
+    piece = curve[path.begin : path.end + 1]
     axis.plot(*curve.T, color="C3", lw=1)
-    axis.plot(*piece.T, color="C0", lw=3, label=f"PF-ODE from t = {path.t} to s = {path.s}")
-    axis.plot(*line.T, color="C2", lw=1.5, ls="--", marker="o", ms=5, label=r"line $x_\gamma$, with its $\gamma$")
+    axis.plot(*piece.T, color="C0", lw=3, label=f"PF-ODE from t = {last - path.begin} to s = {last - path.end}")
     axis.plot(*piece[-1], "C0s", ms=7)
-    # A square around both, so that the panel's shape does not bend anything.
+    axis.plot(*line.T, "C2--o", lw=1.5, ms=5, label=r"line $x_\gamma$, with values of $\gamma$")
+    # A square around both: with the same scale in both directions, nothing is bent by the panel's shape.
     both = torch.cat([piece, line])
     middle, half = (both.amax(0) + both.amin(0)) / 2, 0.68 * (both.amax(0) - both.amin(0)).max()
-    limits = torch.stack([middle - half, middle + half], 1).tolist()
-    axis.set(title="in x" if name == "x" else "in z = x/α", aspect="equal", xticks=[], yticks=[])
-    axis.set(xlim=limits[0], ylim=limits[1])
-    # Every γ beside its point, on the side of the line that the curve leaves free; names of the ends outside of all.
+    (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
+    axis.set(aspect="equal", xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+    axis.set_title("close up, in x" if name == "x" else "close up, in z = x/α")
+    # Every γ stands on that side of the line which the curve leaves free, the names of the ends beyond them.
     along = line[-1] - line[0]
-    across = torch.stack([-along[1], along[0]]) / along.norm()
-    across = across * -((piece.mean(0) - line.mean(0)) @ across).sign()
-    along = along / along.norm()
-    for gamma, point in zip(GAMMAS.tolist(), line, strict=True):
-        _write(axis, f"{gamma:g}", point, 13 * across, "C2")
-    _write(axis, f"${name}_t$", line[-1], 14 * along, "black")
+    across = torch.stack([-along[1], along[0]])
+    across = -across if (piece.mean(0) - line.mean(0)) @ across > 0 else across
+    texts = [(f"{gamma:g}", point, across, "C2") for gamma, point in zip(GAMMAS.tolist(), line, strict=True)]
+    texts.append((f"${name}_t$", line[-1], along, "black"))
+    texts.append(("$z_s$" if name == "z" else r"$r\,x_s$", line[0], -along, "black"))
     if name == "x":
-        _write(axis, "$r x_s$", line[0], -16 * along, "black")
-    _write(axis, f"${name}_s$", piece[-1], -14 * along if name == "z" else 14 * (piece[-1] - line[0]).sign(), "black")
+        texts.append(("$x_s$", piece[-1], piece[-1] - line[0], "black"))
+    for text, point, direction, color in texts:
+        offset = (14 * direction / direction.norm()).tolist()  # in printer's points
+        where = {"xytext": offset, "textcoords": "offset points", "ha": "center", "va": "center"}
+        axis.annotate(text, point.tolist(), color=color, **where)
 
 
-def _write(axis: plt.Axes, text: str, point: Tensor, offset: Tensor, color: str) -> None:
-    """A text near a point, `offset` printer's points away."""
-    where = {"xytext": offset.tolist(), "textcoords": "offset points", "ha": "center", "va": "center"}
-    axis.annotate(text, point.tolist(), color=color, **where)
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots of measured numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """Curves with a spread: {name: (x, mean, deviation or None)}, each (n,)."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]]
+    xscale: str = "linear"
+    yscale: str = "log"
+    ticks: Sequence[float] | None = None  # of x
+
+
+def curves(*panels: Panel) -> Image.Image:
+    """The panels, at most three in a row. A name has one style in all of them, and below them is one legend."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    columns = max(1, min(4, 120 // (8 + max(map(len, names)))))  # of the legend: as many names as fit
+    height = 3 * math.ceil(len(panels) / 3) + 0.18 * math.ceil(len(names) / columns)
+    figure, legend = plt.figure(figsize=(WIDTH, height), layout="constrained"), {}
+    for axis, panel in zip(_panels(figure, len(panels), 3), panels, strict=True):
+        for name, (x, mean, deviation) in panel.series.items():
+            i, every = names.index(name), max(1, len(x) // 10)  # a marker at every so many values
+            style = {"color": f"C{i % 10}", "ls": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+            (legend[name],) = axis.plot(x, mean, ms=4, lw=1.3, markevery=every, **style)
+            if deviation is not None:
+                mean, deviation = torch.as_tensor(mean), torch.as_tensor(deviation)
+                axis.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+        axis.set_title(textwrap.fill(panel.title, 40))
+        if panel.ticks:
+            axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
+            axis.set_xticks([], minor=True)
+        if panel.yscale == "log":  # 1, 2 and 5 of each power of ten, written out: errors span little more than one
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns)
+    return _rendered(figure)
+
+
+def dots(summary: dict[str, dict[str, tuple[float, float]]], columns: Sequence[str]) -> Image.Image:
+    """A panel for each column of {name: {column: (mean, deviation)}}, with a line for each name."""
+    size = (WIDTH, 0.6 + 0.2 * len(summary))  # inches: room for lines of text
+    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, column in zip(axes.flat, columns, strict=True):
+        mean, deviation = zip(*(values[column] for values in summary.values()), strict=True)
+        axis.errorbar(mean, list(summary), xerr=deviation, fmt="o", ms=4, ecolor="C3", capsize=2)
+        axis.set(title=column, xlim=(0, None))
+        axis.grid(axis="y", alpha=0.3)
+    axes.flat[0].invert_yaxis()  # the axis is shared by all panels; the first name comes first
+    return _rendered(figure)
+
+
+def below(*pictures: Image.Image) -> Image.Image:
+    """One picture of several, one below the other."""
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return whole

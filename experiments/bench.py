@@ -1,0 +1,126 @@
+"""python -m experiments.bench [flags of distill.py]
+
+How fast is a training step, where does its time go, and how long does a sample take?
+
+The yardstick is a cost model. A step is made of forward passes of the network, of which a backward pass is worth two,
+and a forward pass can be timed by itself. What the step takes beyond its passes is overhead: data, optimizer, Python.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+import distill
+import training
+from cli import program
+from evaluate import machine
+from sample import n_steps, sample
+
+WARM_UP, TIMED = 3, 10  # steps that are not counted, while memory is allocated and kernels are chosen; and that are
+
+
+def forward_passes(args: argparse.Namespace) -> int:
+    """What a training step costs, in forward passes of the network with a batch: the teacher's in k / k_φ solver steps,
+    twice as many for second order, and twice for guidance; one of the target; and of the student three, or four if
+    activations are computed twice."""
+    calls = (2 if "second_order" in args.improved else 1) * (2 if args.guidance_w else 1)
+    return args.k // args.solver_step * calls + 1 + 3 + args.gradient_checkpointing
+
+
+def provenance() -> dict[str, str]:
+    """What made a number: commit, versions, machine."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": machine()}
+
+
+def now() -> float:
+    """Seconds, at a moment when all that was asked of a GPU is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def seconds(call: Callable, times: int) -> float:
+    """What a call takes, in the mean of so many after a first one."""
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).timeit(times).mean
+
+
+def watch(owner: object, method: str, part: str, parts: Counter) -> None:
+    """From now on, counts in `parts[part]` the seconds that this method takes."""
+    original = getattr(owner, method)  # bound to its owner; the attribute set below hides it there and nowhere else
+
+    def timed(*args, **kwargs):
+        begin = now()
+        result = original(*args, **kwargs)
+        parts[part] += now() - begin
+        return result
+
+    setattr(owner, method, timed)
+
+
+def time_steps(distillation: distill.Distillation) -> tuple[Tensor, Counter]:
+    """The seconds of TIMED steps as they are, (TIMED,); and those of the parts of as many again, since each look at a
+    GPU's clock makes it wait. What is left over there is data, random numbers, EMA and the log."""
+    run, steps, ends, parts = distillation.run, distillation.steps(), [now()], Counter()
+    for i in range(WARM_UP + 2 * TIMED):
+        if i == WARM_UP + TIMED:
+            watch(distillation.teacher, "prepare", "VAE and text", parts)
+            watch(distillation.teacher, "predict", "teacher", parts)
+            watch(distillation.target, "forward", "target", parts)
+            watch(run.model, "forward", "student", parts)
+            watch(run.accelerator, "backward", "student", parts)
+            watch(run.accelerator, "clip_grad_norm_", "optimizer", parts)
+            watch(run.optimizer, "step", "optimizer", parts)
+        run.log(*next(steps))  # as distill.py does it; to read the loss is to wait for the step's end
+        ends.append(now())
+    taken = torch.tensor(ends, dtype=torch.float64).diff()[WARM_UP:]
+    parts["data, EMA and others"] = taken[TIMED:].sum().item() - parts.total()
+    return taken[:TIMED], parts
+
+
+def report(distillation: distill.Distillation) -> None:
+    """Prints it all: the step, its parts, the cost model, and samples."""
+    args, teacher, n = distillation.args, distillation.teacher, distillation.args.train_batch_size
+    labels, x = teacher.labels([]), torch.randn(n, *teacher.shape, device=teacher.device)
+    t, cond = torch.full((n,), 999, device=x.device), teacher.condition([labels[i % len(labels)] for i in range(n)])
+    with training.autocast(teacher.device, args.mixed_precision):
+        forward = seconds(partial(teacher.predict, x, t, cond), TIMED)  # one pass, without guidance
+    taken, parts = time_steps(distillation)
+    size, whole = n * args.gradient_accumulation_steps * training.process().num_processes, taken.mean().item()
+    print(f"{size / whole:.4g} samples/s, {whole:.4g} ± {taken.std():.2g} s a step of {size}")
+    for part, total in parts.items():
+        print(f"  {part:22} {total / TIMED:8.4f} s  {100 * total / parts.total():3.0f} %")
+    passes = forward_passes(args)
+    model = passes * forward * args.gradient_accumulation_steps  # what the passes alone would take
+    print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
+    student, many = distillation.student(), teacher.many_steps
+    draws = {f"student, {n_steps(k)}": partial(sample, student, range(n), k) for k in distill.STEPS}
+    draws[f"teacher, {n_steps(many)}"] = partial(sample, teacher, range(n), many, w=args.guidance_w)
+    for name, draw in draws.items():
+        print(f"a sample, {name}: {seconds(partial(draw, mixed_precision=args.mixed_precision), 3) / n:.4g} s")
+    print(", ".join(f"{name} {value}" for name, value in provenance().items()))
+
+
+@program
+def main() -> None:
+    """Times a run that leaves nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        args, teacher = distill.configure(["--output_dir", folder, *sys.argv[1:]])
+        args.max_train_steps, args.lr_warmup_steps = WARM_UP + 2 * TIMED, 0
+        report(distill.Distillation(args, teacher))
+
+
+if __name__ == "__main__":
+    main()

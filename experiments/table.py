@@ -1,0 +1,299 @@
+"""fig2a              quality by the length k of a sub-path, with and without multiple estimation (ME)
+    fig2b              quality by training steps, and by the network evaluations that they cost
+    fig2c              the error between neighbours of the PF-ODE, and to its end, by time
+    fig3               what the guidance scale w buys and costs
+    tab3               LCM, DL and SL; also with what this project adds
+    appb               the linear and the Markov σ: how far apart, which is right, what it changes
+
+    decides-width      whether SPLAM or LCM is ahead, by one change at a time: the network's width,
+    decides-grid       times where sub-paths start and end,
+    decides-data       the data,
+    decides-teacher    the teacher,
+    decides-recipe     the average, the distribution of γ, the embedding
+    decides-solver     what makes either better: the solver,
+    decides-metric     the metric,
+    decides-rate       the learning rate
+
+    symptoms           a healthy run, and runs with one mistake each
+
+All other flags are distill.py's, for all students. On two CPU cores an experiment takes minutes, with --quick seconds.
+"""
+
+import functools
+import math
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluate import approximated_errors, true_states
+from experiments.laboratory import Bench, Experiment, Findings, Variant, quality
+from sample import SeededNoise
+from splam import SIGMA_FORMS, Denoiser, Schedule, multiple_estimation, sub_path_point
+from teacher import DiffusionModel, PointModel
+from toy import plots
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The students. What no variant changes is distill.py's default: k = 100 in five solver steps, 50 starts, huber.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# SPLAM is the paper's, which embeds γ. With t' the network is told that time instead, and of "half" half of the γ are 1
+# (improved.py).
+TOLD_GAMMA = {"SPLAM": "", "SPLAM, t'": "--improved time"}
+METHODS = {"LCM": "--ode lcm"} | TOLD_GAMMA
+
+
+def each(methods: dict[str, str], settings: dict[str, Variant]) -> dict[str, Variant]:
+    """Each method in each setting. Names and flags are joined."""
+    return {
+        f"{method}{name}": setting._replace(flags=f"{flags} {setting.flags}")
+        for method, flags in methods.items()
+        for name, setting in settings.items()
+    }
+
+
+# Figure 2(a). Sub-paths start on a grid of 50 times, 20 apart. Where k is a multiple of 20 they also end on it, and for
+# k = 50 a grid of 20 times does that. With ME the solver's steps are 20 long, or 25, which divides 50.
+FIFTY = Variant("--k 50 --num_ddim_timesteps 20 --solver_step 25")
+FIG2A = each(METHODS, {f", k = {k}": Variant(f"--k {k} --solver_step {k}") for k in (20, 100, 200)})
+FIG2A |= each(METHODS, {", k = 50": Variant(f"{FIFTY.flags} --solver_step 50"), " + ME, k = 50": FIFTY})
+FIG2A |= each(METHODS, {" + ME, k = 100": Variant(), " + ME, k = 200": Variant("--k 200")})
+
+# Figure 2(b) and (c). The paper compares by steps. A step of k = 100 costs nine evaluations, one of k = 20 five.
+FIG2C = each(METHODS, {", k = 20": Variant("--k 20"), ", k = 100": Variant()})
+FIG2B = FIG2C | {"SPLAM, t', half, k = 100": Variant("--improved time half")}
+
+# Figure 3, on two labelled moons, so wide that they overlap. The paper has w = 3 and 8.
+SCALES = [0, 1, 2, 4, 8]
+FIG3 = each(METHODS, {f", w = {w}": Variant(f"--guidance_w {w}", teacher="--class_conditional") for w in SCALES})
+
+# Table 3. Both k have k_φ = 20: one solver step, or five.
+LINES = {"DL": "--ode dl", "SL": "", "SL, Markov σ": "--sigma markov"}
+TAB3 = each({"LCM": "--ode lcm"} | LINES, {", k = 20": Variant("--k 20"), ", k = 100": Variant()})
+TAB3 |= each(LINES, {", t', k = 20": Variant("--improved time --k 20"), ", t', k = 100": Variant("--improved time")})
+TAB3 |= {"SL, half, k = 100": Variant("--improved half"), "SL, t', half, k = 100": Variant("--improved time half")}
+
+# What decides: one change at a time.
+SAME = {"": Variant()}
+WIDTH = each(METHODS, SAME | {f": {n} units, not 128": Variant(network={"width": n}) for n in (16, 32, 64)})
+GRID = each(METHODS, SAME | {": 10 starts": Variant("--num_ddim_timesteps 10"), ": k = 50": FIFTY})
+# On the grid of 50 starts these sub-paths end where none starts. LCM's target is never trained there: it is refused.
+OFF_GRID = Variant("--k 50 --solver_step 25")
+GRID |= each(TOLD_GAMMA, {": k = 50, off the grid": OFF_GRID})
+DATA = each(METHODS, SAME | {": a spiral": Variant("--pretrained_teacher_model ideal:spiral")})
+MLP = Variant("--pretrained_teacher_model toy:8gaussians")
+POOR = MLP._replace(teacher="--max_train_steps 300")
+TEACHER = each(METHODS, SAME | {": trained teacher": MLP, ": poor teacher": POOR})
+RECIPE = each(METHODS, SAME | {f": EMA {decay}": Variant(f"--ema_decay {decay}") for decay in (0, 0.99)})
+RECIPE |= {"SPLAM: half": Variant("--improved half"), "SPLAM, t': half": Variant("--improved time half")}
+
+# What makes either better.
+FIRST = {"LCM": "--ode lcm", "SPLAM, t', half": "--improved time half"}
+SECOND = {"LCM, second order": "--ode lcm --improved second_order", "SPLAM, t', half, second order": "--improved"}
+SOLVER = each(FIRST, {": DDIM x 5": Variant(), ": DDIM x 2": Variant("--solver_step 50")})
+SOLVER |= each(SECOND, {"": Variant(), ", k = 200": Variant("--k 200")})
+METRIC = each(SECOND, {f": {metric}": Variant(f"--metric {metric}") for metric in ("huber", "l2")})
+RATE = each(SECOND, {f": {rate}": Variant(f"--learning_rate {rate}") for rate in ("1e-4", "3e-4", "1e-3", "3e-3")})
+
+
+# A healthy student, and others with one mistake each. The last two are a pair, on two classes that overlap:
+# guidance_scale 1 is w = 0.
+CLOUDS = Variant("--pretrained_teacher_model ideal:clouds", teacher="--class_conditional")
+MISTAKES = {
+    "healthy": Variant(),
+    "learning rate x 10": Variant("--learning_rate 1e-2"),
+    "learning rate / 10": Variant("--learning_rate 1e-4"),
+    "EMA 0": Variant("--ema_decay 0"),
+    "EMA 0.999": Variant("--ema_decay 0.999"),
+    "Markov σ with time": Variant("--sigma markov"),
+    "k = 200, one solver step": Variant("--k 200 --solver_step 200"),
+    "wrong prediction type": MLP._replace(claims="epsilon"),
+    "guidance_scale 1 meant": CLOUDS,
+    "and w = 1 typed": CLOUDS._replace(flags=f"{CLOUDS.flags} --guidance_w 1"),
+}
+SYMPTOMS = each({"": "--improved time"}, MISTAKES) | {"ends off the grid, embedding": OFF_GRID}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 2(c)
+#
+# The paper's theory: if f(x_t, t) and f(x_s, s) are close for all neighbours on a trajectory, their sum bounds how far
+# f(x_T, T) is from the trajectory's end. In 2-D both sides can be measured, on trajectories and their ends as they are.
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIMES = list(range(999, 100, -20))  # as the paper's figure: 20 apart, and not below 100
+
+
+@functools.lru_cache(maxsize=8)
+@torch.no_grad()
+def trajectories(place: Bench) -> list[Tensor]:
+    """x_t at TIMES, (samples, ...) each, from the samples' noises along the PF-ODE."""
+    noise = SeededNoise(place.model.shape, place.seeds, place.model.device)()
+    return list(true_states(place.model, noise, place.model.condition(place.labels), TIMES, place.w))
+
+
+def errors(place: Bench, student: DiffusionModel) -> dict:
+    """`quality`; and by time the RMS distances of f(x_t, t) to f at the next time, and to the trajectory's end."""
+    cond, end = student.condition(place.labels), place.endpoint.to(student.device)
+    squares = approximated_errors(student, trajectories(place), cond, TIMES, end=end)
+    # They are means over elements. The square of a distance is their sum.
+    to_next, to_end = ((square * end[0].numel()).sqrt().tolist() for square in squares)
+    sums = {"sum of neighbours": sum(to_next), "RMS to the end": to_end[0]}
+    return {**quality(place, student), **sums, "t": TIMES, "f to its neighbour": to_next, "f to the end": to_end}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 3: the scale w buys fidelity to the class, and costs diversity within it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fidelity_and_diversity(place: Bench, points: Tensor) -> tuple[float, float]:
+    """The mean probability of the class that was asked for; and the RMS distance to the mean of all samples of a class,
+    divided by that of the data."""
+    mixture, labels, ratios = place.model.mixture, torch.tensor(place.labels), []
+    for c in range(mixture.num_classes):
+        # The variance of the data of a class is that of its components' means, and std² in each of the two dimensions.
+        data = mixture.means[mixture.classes == c].var(0, correction=0).sum() + 2 * mixture.std**2
+        ratios.append((points[labels == c].var(0, correction=0).sum() / data).sqrt())
+    probability = mixture.class_probabilities(points).gather(1, labels[:, None])
+    return probability.mean().item(), torch.stack(ratios).mean().item()
+
+
+def guided_quality(place: Bench, student: DiffusionModel) -> dict[str, float]:
+    """`quality`, and fidelity and diversity of one step and of the guided PF-ODE, where the mixture is known."""
+    values = quality(place, student)
+    if len(student.shape) == 1:  # of images the density is not known
+        for name, points in {"student": place.sampler(student, 1, 0.0, None)[0], "PF-ODE": place.endpoint}.items():
+            values[f"fidelity, {name}"], values[f"diversity, {name}"] = fidelity_and_diversity(place, points)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix B. Which σ_γ is right depends on how the ends of a sub-path are coupled: the Markov form assumes that x_t was
+# made from x_s by fresh noise (Eq. 20), and training makes x_s from x_t by DDIM.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def markov_estimation(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor, k: int, solver_step: int
+) -> Tensor:
+    """x_s as the Markov chain has it, given x_t and the teacher's x_0: `multiple_estimation` with DDPM's ancestral
+    steps in the place of DDIM's, so with fresh noise in each.
+
+    Each step draws x at t_next from its distribution given x_t and x_0. Its noise is no longer that of x_t, and the
+    ends of a sub-path are coupled as Eq. 20 says, as far as x̂_0 is right.
+    """
+    for _ in range(math.ceil(k / solver_step)):
+        t_next = torch.maximum(t - solver_step, s)
+        x0, eps = denoise(x, t)
+        (alpha_t, sigma_t), (alpha, sigma) = schedule.at(t, x.ndim), schedule.at(t_next, x.ndim)
+        fresh = sigma / sigma_t * (1 - (alpha_t / alpha) ** 2).clamp_min(0).sqrt()  # the posterior's deviation
+        x = alpha * x0 + (sigma**2 - fresh**2).clamp_min(0).sqrt() * eps + fresh * torch.randn_like(x)
+        t = t_next
+    return x
+
+
+APPB = {}
+for coupling, solver in {"DDIM": multiple_estimation, "Markov": markov_estimation}.items():
+    for form in SIGMA_FORMS:
+        APPB |= each(TOLD_GAMMA, {f": {coupling}, {form} σ": Variant(f"--sigma {form}", parts={"solver": solver})})
+GAMMAS = torch.linspace(0, 1, 11)[1:]  # at γ = 0, x_γ is r x_s, which is mapped as x_s is: nothing is left
+
+
+def inconsistency(model: PointModel, coupling: str, form: str, solver_step: int, t: int = 599, k: int = 100) -> Tensor:
+    """By γ, the RMS of F(x_γ) - F(x_s) for the F that cannot be improved, the PF-ODE's own map: what is left of Eq. 17.
+
+    F knows x_γ by α_γ and σ_γ: a wrong σ_γ starts the PF-ODE at a wrong time. The sub-paths go from t to t - k; with
+    the coupling "DDIM" their ends are computed in steps of `solver_step`.
+    """
+    schedule, generator, time = model.schedule, torch.Generator().manual_seed(0), torch.full((1024,), t)
+    x0, _ = model.mixture.sample(len(time), generator)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(time, 2), schedule.at(time - k, 2)
+    first, second = torch.randn(2, *x0.shape, generator=generator)
+    if coupling == "Markov":
+        r, x_s = alpha_t / alpha_s, alpha_s * x0 + sigma_s * first
+        x_t = r * x_s + (1 - r**2).sqrt() * second  # Eq. 20
+    else:
+        x_t, denoise = alpha_t * x0 + sigma_t * first, functools.partial(model.predict, cond={})
+        x_s = multiple_estimation(denoise, schedule, x_t, time, time - k, k, solver_step)
+    end, left = model.mixture.endpoint(x_s, alpha_s[:1], sigma_s[:1]), []
+    for gamma in GAMMAS:
+        point = sub_path_point(x_t, x_s, time, time - k, gamma.expand(len(time)), schedule, "sl", form)
+        f = model.mixture.endpoint(point.x, point.alpha[:1], point.sigma[:1])
+        left.append((f - end).square().sum(1).mean().sqrt())
+    return torch.stack(left)
+
+
+def by_sigma(found: Findings) -> Image.Image:
+    """The map errors; above them `inconsistency`, where the teacher is a mixture, whose map is known."""
+    trained, lines = found.dots("map error"), {}
+    if len(found.teacher.shape) > 1:
+        return trained
+    for name, (coupling, solver_step) in {
+        "DDIM": ("DDIM", 100),
+        "DDIM x 5": ("DDIM", 20),
+        "Markov": ("Markov", 100),
+    }.items():
+        for form in SIGMA_FORMS:
+            lines[f"{name}, {form} σ"] = GAMMAS, inconsistency(found.teacher, coupling, form, solver_step), None
+    return plots.below(plots.curves(plots.Panel("what the PF-ODE's map leaves of Eq. 17", "γ", "RMS", lines)), trained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(found: Findings) -> Image.Image:
+    """Map error, and the distance to the data in 1, 2 and 4 steps."""
+    return found.dots("map error", "1 step", "2 steps", "4 steps")
+
+
+def by_length(found: Findings) -> Image.Image:
+    """Figure 2(a): map error, and the distance to the data in one and four steps."""
+    return plots.curves(*found.panels("k", "map error", "1 step", "4 steps", xscale="log", ticks=[20, 50, 100, 200]))
+
+
+def by_cost(found: Findings) -> Image.Image:
+    """Figure 2(b): the map error by steps and by cost, and the distances to the data by cost."""
+    by_step = found.panels("step", "map error", xscale="log")
+    return plots.curves(
+        *by_step, *found.panels("evaluations", "map error", "1 step", "2 steps", "4 steps", xscale="log")
+    )
+
+
+def by_time(found: Findings) -> Image.Image:
+    """Figure 2(c)."""
+    return plots.curves(*found.panels("t", "f to its neighbour", "f to the end"))
+
+
+def by_scale(found: Findings) -> Image.Image:
+    """Figure 3: map error, fidelity and diversity."""
+    return plots.curves(*found.panels("w", "map error", "fidelity, student", "diversity, student", yscale="linear"))
+
+
+def by_step(found: Findings) -> Image.Image:
+    """Symptoms: what a run's log shows, and the map error."""
+    return plots.curves(*found.panels("step", "loss", "gradient norm", "map error"))
+
+
+HALVES, TWELFTHS = [2.0**-i for i in range(7)], [i / 12 for i in range(1, 13)]
+CLASSES = {"pretrained_teacher_model": "ideal:clouds", "budget": 14000}
+EXPERIMENTS = {
+    "fig2a": Experiment(FIG2A, by_length),
+    "fig2b": Experiment(FIG2B, by_cost, at=HALVES, defaults={"budget": 36000}),
+    "fig2c": Experiment(FIG2C, by_time, errors),
+    "fig3": Experiment(FIG3, by_scale, guided_quality, defaults=CLASSES),
+    "tab3": Experiment(TAB3, table),
+    "appb": Experiment(APPB, by_sigma),
+    "decides-width": Experiment(WIDTH, table),
+    "decides-grid": Experiment(GRID, table),
+    "decides-data": Experiment(DATA, table),
+    "decides-teacher": Experiment(TEACHER, table),
+    "decides-recipe": Experiment(RECIPE, table),
+    "decides-solver": Experiment(SOLVER, table),
+    "decides-metric": Experiment(METRIC, table),
+    "decides-rate": Experiment(RATE, table),
+    "symptoms": Experiment(SYMPTOMS, by_step, at=TWELFTHS, defaults={"seeds": 2}),
+}

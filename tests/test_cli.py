@@ -1,0 +1,131 @@
+"""How the programs speak: one line for what is foreseen, a traceback for our own mistakes."""
+
+import sys
+
+import pytest
+import torch
+from conftest import one_line, python
+
+import cli
+
+
+def ends(monkeypatch, capsys, error: BaseException) -> tuple[object, str]:
+    """Exit status and stderr of a program that ends with this error."""
+
+    @cli.program
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["folder/program.py"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (cli.BadInput("--k is wrong"), 2, "program.py: error: --k is wrong"),
+        (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "out of memory: a smaller batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
+    ],
+)
+def test_what_is_foreseen_is_one_line(monkeypatch, capsys, error, status, words):
+    code, err = ends(monkeypatch, capsys, error)
+    assert code == status and words in one_line(err)
+    monkeypatch.setenv("SPLAM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.program(lambda: (_ for _ in ()).throw(error))()
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), RuntimeError("shapes"), ValueError("ours"), TypeError("t")])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    """A student's typing error in splad_loss must not come out as bad input."""
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.program(main)()
+
+
+def test_sigterm_is_an_interruption():
+    """What a cluster's scheduler sends before it kills."""
+    done = python("-c", "import cli, os, signal; cli.program(lambda: os.kill(os.getpid(), signal.SIGTERM))()")
+    assert done.returncode == 130 and "interrupted" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (cli.positive, ["1", "2147483647"], ["0", "-1", "1.5", "2147483648", "9" * 400, "many"]),
+        (cli.count, ["0", "7"], ["-1", "1e3"]),
+        (cli.two_or_more, ["2"], ["1", "0"]),
+        (cli.amount, ["0", "1e-5"], ["-1e-3", "nan", "inf", "1e300", "fast"]),
+        (cli.share, ["0", "0.95"], ["1", "-0.1", "nan"]),
+        (cli.finite, ["-1", "8"], ["nan", "-inf", "1e300"]),
+    ],
+)
+def test_numbers(kind, good, bad):
+    parser = cli.Parser(prog="x")
+    parser.add_argument("--flag", type=kind)
+    for text in good:
+        assert parser.parse_args([f"--flag={text}"]).flag == float(text)
+    for text in bad:
+        with pytest.raises(cli.BadInput, match="--flag must be "):
+            parser.parse_args([f"--flag={text}"])
+
+
+def test_flags_are_not_abbreviated():
+    """--seed 7 in a laboratory script was taken for --seeds 7."""
+    parser = cli.Parser(prog="x")
+    parser.add_argument("--seeds")
+    with pytest.raises(cli.BadInput, match="--seed"):
+        parser.parse_args(["--seed", "7"])
+
+
+def test_prompts_are_texts_or_lines_of_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa cat\n\n  a dog \n", encoding="utf-8")
+    assert cli.read_prompts([str(file)]) == ["a cat", "a dog"]
+    assert cli.read_prompts(["a cat.", "b.txt"]) == ["a cat.", "b.txt"]
+    file.write_text("\n")
+    with pytest.raises(cli.BadInput, match="no prompts"):
+        cli.read_prompts([str(file)])
+    with pytest.raises(OSError):  # which the decorator shows in one line
+        cli.read_prompts([str(tmp_path / "missing.txt")])
+
+
+def test_places_for_results_are_refused_before_the_work(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "x.jpg", tmp_path / "folder.png"):
+        with pytest.raises(cli.BadInput, match=r"ends in \.png"):
+            cli.output_file(path, ".png")
+    assert cli.output_file(tmp_path / "new" / "x.png", ".png").parent.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        cli.writable_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+def test_a_record_that_a_person_edited_is_refused_by_name(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(cli.BadInput, match="metrics.json"):
+        cli.read_json(tmp_path / "metrics.json")
+
+
+HEAVY = "{'diffusers', 'transformers', 'peft', 'webdataset', 'torchmetrics', 'torchvision'}"
+
+
+@pytest.mark.parametrize("name", ["distill", "teacher", "sample", "evaluate"])
+def test_help_waits_for_no_heavy_library(name):
+    script = f"""import sys, {name}
+sys.argv = ["{name}.py", "--help"]
+try:
+    {name}.main()
+except SystemExit:
+    assert not (loaded := {HEAVY} & set(sys.modules)), loaded"""
+    done = python("-c", script)
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr

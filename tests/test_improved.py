@@ -1,0 +1,170 @@
+"""What improved.py adds, by the oracles and helpers of test_splam.py, and by diffusers' DPM-Solver."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_splam
+import torch
+from diffusers import DPMSolverSinglestepScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from test_splam import LINES, MIXTURE, PURE_NOISE, SD, SD_PATHS, close, network, points, seeded, student_of
+
+import splam
+from improved import PARTS, ToldTheTime, half_at_one, second_order, time_at
+from splam import ConsistencyFunction, multiple_estimation, sub_path_point
+from toy.distributions import GaussianMixture
+
+
+@given(test_splam.sub_paths, st.floats(0.01, 100))
+def test_time_at_inverts_the_schedule_at_any_scale_and_falls_from_t_to_s_along_a_sub_path(case, scale):
+    """Only σ/α counts: x and c·x are at the same time."""
+    schedule, found = case.schedule, time_at(case.schedule, scale * case.schedule.alpha, scale * case.schedule.sigma)
+    torch.testing.assert_close(found, torch.arange(len(schedule)).float(), atol=1e-3, rtol=0)
+    for ode in LINES:
+        line = (case.point(ode, "linear", gamma) for gamma in torch.linspace(0, 1, 9).tolist())
+        times = torch.stack([time_at(schedule, alpha, sigma) for _, alpha, sigma in line])
+        torch.testing.assert_close(times[[0, -1]], torch.stack([case.s, case.t]).float(), atol=1e-3, rtol=0)
+        assert (times.diff(dim=0) > 0).all()
+
+
+def test_what_holds_for_every_student_holds_for_one_that_is_told_the_time(monkeypatch):
+    for prediction_type in test_splam.PREDICTION_TYPES:
+        test_splam.test_student_at_gamma_1_is_the_teacher(ToldTheTime, prediction_type)
+        test_splam.test_at_time_0_the_student_is_the_identity(ToldTheTime, prediction_type)
+    assert list(student_of(network(), ToldTheTime).plain_state_dict()) == list(network().state_dict())
+    assert time_at(PURE_NOISE, *PURE_NOISE.at(torch.tensor([999]), 2)).item() == 999
+    test_splam.test_a_schedule_may_end_in_pure_noise(ToldTheTime, monkeypatch)
+
+
+@pytest.mark.parametrize("t, s", SD_PATHS[1:])
+@test_splam.each_prediction_type
+def test_the_end_of_a_sub_path_is_an_ordinary_point(prediction_type, t, s):
+    """At γ = 0 the denoiser sees (x_s, s), though its input is r x_s and its sub-path starts at t."""
+    student, x_s, denoised = student_of(network(), ToldTheTime, SD, prediction_type), points(8), []
+    t, s, zero = torch.full((8,), t), torch.full((8,), s), torch.zeros(8)
+    point = sub_path_point(torch.zeros(8, 2), x_s, t, s, zero, SD, "sl", "linear")
+    for prediction, x, time in ((student(point.x, t, zero, point), point.x, t), (student(x_s, s), x_s, s)):
+        c_skip, c_out = splam.boundary(time, 2)
+        denoised.append((prediction - c_skip * x) / c_out)
+    close(*denoised, 1e-3)
+
+
+class Ideal:
+    """The ideal ε network of a mixture, at real-valued times too (log σ/α linear in between)."""
+
+    def __init__(self, mixture):
+        self.mixture, self.log_rho = mixture, (SD.sigma.double() / SD.alpha.double()).log().numpy()
+
+    def __call__(self, x, t):
+        rho = torch.from_numpy(np.exp(np.interp(t.double().numpy(), np.arange(1000), self.log_rho)))[:, None]
+        alpha = (1 + rho**2).rsqrt()
+        return SimpleNamespace(sample=self.mixture.eps(x, alpha, rho * alpha))
+
+
+@pytest.mark.parametrize("t, s", SD_PATHS)
+@test_splam.each_ode
+def test_a_teacher_that_is_told_the_time_is_right_at_every_gamma_without_training(ode, t, s):
+    """It predicts E[x_0 | x_γ = α_γ x_0 + σ_γ ε], which a mixture has in closed form for any α_γ and σ_γ (Tweedie). So
+    it finds data of one point from every x_γ; one that believes t does so at γ = 1 only (note 9)."""
+    gamma, t, s = torch.linspace(0, 1, 11), torch.full((11,), t), torch.full((11,), s)
+    c_skip, c_out = splam.boundary(t, 2)
+    one_point = GaussianMixture(torch.tensor([[0.7, -1.2]]), 0.0)
+    for mixture in (MIXTURE, one_point):
+        x0 = mixture.sample(11, seeded(0))[0]
+        ends = (alpha * x0 + sigma * points(11) for alpha, sigma in (SD.at(t, 2), SD.at(s, 2)))
+        point = sub_path_point(*ends, t, s, gamma, SD, ode, "linear")
+        told, believes_t = (
+            (kind(Ideal(mixture), SD, "epsilon")(point.x, t, gamma, point) - c_skip * point.x) / c_out
+            for kind in (ToldTheTime, ConsistencyFunction)
+        )
+        x, alpha, sigma = (part.double() for part in point)
+        close(told, (x - sigma * mixture.eps(x, alpha, sigma)) / alpha, 1e-4)
+    told, believes_t = ((found - one_point.means).norm(dim=1) for found in (told, believes_t))
+    assert (told < 1e-5).all() and believes_t[-1] < 1e-5 and (believes_t[:-1] > 1e-3).all()
+
+
+def test_told_the_time_the_fixed_point_of_gaussian_data_is_that_of_lcm_for_short_sub_paths_only():
+    """Note 16. Sub-paths of 20 tile the times, so that t' tells (t, γ); on each, 1/G is a line in ρ. Through t' = 499
+    pass five sub-paths of 100, and no answer to t' suits them all: not even the best slope in z = x/α."""
+    case, n = test_splam.Gaussian(1.0, 20), torch.arange(25, 30)
+
+    def student(x, t, gamma=None, point=None):
+        alpha, sigma = SD.at(t, 2) if point is None else point[1:]
+        return x / alpha / torch.from_numpy(np.interp(sigma / alpha, case.rho, 1 / case.G)).float()
+
+    assert case.loss(student, ode="lcm") < 1e-10 and case.loss(student) < 1e-10
+    assert case.loss(student, k=100) > 1e-6
+    gamma = ((case.rho[25] - case.rho[n - 5]) / (case.rho[n] - case.rho[n - 5])).float()
+    draws = splam.Draws(20 * n - 1, gamma, torch.randn(5, 1, generator=seeded(0)))
+
+    def loss(slope):
+        networks = (lambda x, t, gamma, point: slope * x / point.alpha), student, case.denoise
+        return splam.splad_loss(*networks, SD, torch.ones(5, 1), {}, draws, k=100, solver_step=20)
+
+    assert min(loss(slope) for slope in case.G[25] * torch.linspace(0.9, 1.1, 201)) > 1e-6
+
+
+def test_half_of_gamma_is_1_and_the_rest_uniform():
+    arguments = torch.zeros(10000, 1), 1000, 50
+    (t, gamma, noise), plain = half_at_one(*arguments, seeded(0)), splam.draw(*arguments, seeded(0))
+    assert torch.equal(t, plain.t) and torch.equal(noise, plain.noise)
+    assert abs((gamma == 1).float().mean() - 0.5) < 5 * 0.5 / 100
+    assert abs(gamma[gamma < 1].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5 and (gamma > 0).all()
+
+
+def test_all_parts_fit_together():
+    parts = {place: part for parts in PARTS.values() for place, part in parts.items()}
+    draws = parts["draw"](points(), 1000, 50, seeded(0))
+    options = {"draws": draws, "kind": parts["student"], "solver": parts["solver"], "solver_step": 100}
+    for ode in LINES:
+        test_splam.test_only_the_student_gets_a_gradient(ode, options)
+
+
+def test_second_order_converges_with_its_order_stops_at_0_and_keeps_no_graph():
+    test_splam.test_a_solver_converges_to_the_probability_flow_with_its_order(second_order, 2)
+
+
+@pytest.mark.parametrize("t, s", [(999, 899), (599, 499), (199, 99), (19, 0), (2, 1), (1, 0)])
+def test_a_second_order_step_is_that_of_diffusers(t, s):
+    """Its solver is told our middle, which it would choose from a grid of its own, and that both steps count."""
+    called, x, times = [], points(16, t).double(), torch.full((16,), t)
+
+    def denoise(x, times):
+        called.append(times[0].item())
+        return test_splam.mixture_denoiser(x, times)
+
+    ours = second_order(denoise, SD, x, times, times - (t - s), t - s, t - s)
+    middle = called[1]
+    assert called == [t, middle] and s <= middle < t
+    options = dict(algorithm_type="dpmsolver++", prediction_type="sample")
+    theirs = DPMSolverSinglestepScheduler(**test_splam.STABLE_DIFFUSION, **options)
+    theirs.set_timesteps(timesteps=[t, middle, s])
+    theirs.order_list, theirs.model_outputs = [1, 2, 1], [None, None]
+    for step in (t, middle):
+        x = theirs.step(test_splam.mixture_denoiser(x, torch.full((16,), step))[0], step, x).prev_sample
+    close(ours, x)
+
+
+def test_a_second_order_step_begins_where_no_signal_is_left():
+    """Zero terminal SNR: there log(α/σ) is minus infinity, and nothing may become nan of it. Data of one point."""
+
+    def denoise(x, t):
+        alpha, sigma = PURE_NOISE.at(t, 2)
+        return torch.full_like(x, 0.5), (x - alpha * 0.5) / sigma
+
+    x_t, t = points(16), torch.full((16,), 999)
+    alpha, sigma = PURE_NOISE.at(t - 100, 2)
+    close(second_order(denoise, PURE_NOISE, x_t, t, t - 100, 100, 100), alpha * 0.5 + sigma * x_t)
+
+
+@pytest.mark.parametrize("t", [999, 599, 199])
+def test_one_second_order_step_is_more_accurate_than_five_of_ddim(t):
+    x_t = (SD.alpha[t] * MIXTURE.sample(64, seeded(1))[0] + SD.sigma[t] * points(64, t)).double()
+    truth, way = test_splam.flow(x_t, t, t - 100), (x_t, torch.full((64,), t), torch.full((64,), t - 100), 100)
+    second, first = (
+        (solver(test_splam.mixture_denoiser, SD, *way, step) - truth).square().mean()
+        for solver, step in ((second_order, 100), (multiple_estimation, 20))
+    )
+    assert second < first / 1.5
