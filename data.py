@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from cli import BadInput, refuse
@@ -80,7 +80,7 @@ LEFT_BEHIND = re.compile(r"(^|/)(\.[^/]|(__|@|\$)[^/]*/)")
 
 
 class Unusable(Exception):
-    """Unusable(name, why): a foreign file that cannot be used."""
+    """Unusable(name, why): a foreign file that cannot be used. Only the few lines that read such files raise it."""
 
 
 class Skipped(dict):
@@ -101,8 +101,9 @@ class Skipped(dict):
                 self.add(*error.args)
 
     def add(self, name: object, why: object) -> bool:
+        """Also what webdataset calls with its errors. True is its word for "go on"."""
         self[str(name)] = str(why)
-        return True  # webdataset's word for "go on"
+        return True
 
     def __str__(self) -> str:
         news = list(self.items())[self.told :]
@@ -128,7 +129,8 @@ def open_image(file: Path | io.BytesIO, name: object) -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
             image.load()
-            return image.convert("RGBA") if image.mode == "P" else image  # a palette may be shorter than it is said to be
+            # A palette is looked up here: it may lack colours that the image asks for.
+            return image.convert("RGBA") if image.mode == "P" else image
     # Whatever a file makes a decoder raise: OSError, SyntaxError, struct.error, and more. PIL refuses one, too, that
     # would fill the memory.
     except Exception as error:
@@ -181,6 +183,7 @@ def to_range(pixels: Tensor) -> Tensor:
 # Images by class
 # ---------------------------------------------------------------------------------------------------------------------
 
+# How people name their splits. A folder of that name is a part of the data and no class.
 SPLIT = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval)([-_ ]?(set|data|images|split))?\d*", re.I)
 
 
@@ -265,7 +268,10 @@ class Images(Dataset):
 
 @functools.cache  # the laboratory asks again and again
 def load_images(folder: str, split: str = "train", resolution: int | None = None, mirror: bool = False) -> Images:
-    """All images of a split, in memory, as centre squares of `resolution`, or as they are."""
+    """All images of a split, in memory: as centre squares of `resolution`, or as they are.
+
+    BadInput if none is readable; for images of no class; and for several sizes where no resolution is given.
+    """
     images, names = zip(*images_by_class(folder, split), strict=True)
     # A class's number is its place in the alphabet of the train split, whichever classes another split lacks.
     classes = sorted({name for _, name in images_by_class(folder, "train") if name}) or [""]
@@ -291,9 +297,9 @@ def reference_set(data: str, split: str, resolution: int | None) -> Tensor | Ima
 # ---------------------------------------------------------------------------------------------------------------------
 
 REMOTE = ("http://", "https://", "hf://", "gs://")  # what webdataset reads from afar; a pipe: would run a shell command
-PAIR = "a pair is 0.jpg with 0.txt or 0.json (in a tar, next to each other, and with no other dot in their names)"
+PAIR = "a pair is 0.jpg, .jpeg, .png or .webp with 0.txt or 0.json next to each other, and no other dot in their names"
 SHARDS = "shards are '{00000..00099}.tar', 'FOLDER/*.tar' or URLs of such; a data set of the Hub must be here first: "
-HUB = "hf download --repo-type dataset --local-dir FOLDER"
+HUB = "hf download NAME --repo-type dataset --local-dir FOLDER"
 
 
 def read_text(content: bytes) -> str:
@@ -339,10 +345,22 @@ def shard_urls(data: str) -> list[str]:
 
     shards = []
     for url in expand_urls(data):
-        found = [url] if url.startswith(REMOTE) else sorted(filter(os.path.isfile, glob.glob(url)))
+        there = url.startswith(REMOTE) or os.path.isfile(url)
+        found = [url] if there else sorted(filter(os.path.isfile, glob.glob(url)))
         refuse(not found, f"no such folder or shard: {url} ({SHARDS}{HUB})")
         shards += found
     return shards
+
+
+def shuffled(seed: int, samples: Iterator[dict]) -> Iterator[dict]:
+    """Samples in another order: 1,000 of them wait, undecoded and small, and the next one is drawn from these.
+
+    Each of a loader's workers has an order of its own. Else those that read the same shard would show the same.
+    """
+    from webdataset.filters import shuffle
+
+    worker = get_worker_info()
+    return shuffle(1000, seed=f"{seed} {worker.id if worker else 0}")(samples)
 
 
 class Captions:
@@ -360,7 +378,7 @@ class Captions:
         self.skipped, self.files, self.in_vain = Skipped(), {}, 0
         self.shards = self._of_folder() if os.path.isdir(data) else shard_urls(data)
         # A few pairs are read at once. If none is usable, a run must not begin; what is not, its owner wants to know.
-        pairs = self.pairs(self.samples({"url": url} for url in self.shards))
+        pairs = self.skipped.usable(self.pair, self.samples({"url": url} for url in self.shards))
         usable = sum(1 for _ in itertools.islice(pairs, 32))
         refuse(not usable, f"no usable pair in {data}: {self.skipped}. {PAIR}")
         self.skipped.tell(data)
@@ -370,9 +388,11 @@ class Captions:
         root = split_folder(self.data, "train")
         pairs = pairs_in_folder(root, {root / "metadata.jsonl", Path(self.data, "metadata.jsonl")})
         self.files = {name: files for name, files in pairs.items() if len(files) > 1}
-        if tars := [] if self.files else files_below(root, ".tar", ".tgz", ".tar.gz"):
+        tars = files_below(root, ".tar", ".tgz", ".tar.gz")
+        if tars and not self.files:
             return [str(tar) for tar in tars]
-        for name in pairs.keys() - self.files.keys():
+        # What stands alone is named at once, however many are drawn before it.
+        for name in sorted(pairs.keys() - self.files.keys()):
             self.skipped.add(name, "no caption" if f".{[*pairs[name]][0]}" in EXTENSIONS else "no image")
         return list(self.files)
 
@@ -385,19 +405,19 @@ class Captions:
             # If one shard is good, it is drawn before this; else the stream would search for ever.
             self.in_vain += 1
             refuse(self.in_vain > 1000 + 20 * len(self.shards), f"{self.data} has nothing usable any more")
-            if files := self.files.get(url):
-                contents = {key: file if isinstance(file, bytes) else file.read_bytes() for key, file in files.items()}
-                yield {"__url__": self.data, "__key__": url, **contents}
-            else:
+            if url not in self.files:
                 # One at a time: else the last sample of a torn shard would go on in the next.
                 torn = functools.partial(self.skipped.add, url)
                 yield from tarfile_samples([shard], torn, lambda name: not LEFT_BEHIND.search(name))
+                continue
+            sample = {"__url__": Path(url).parent, "__key__": Path(url).name}
+            for ending, file in self.files[url].items():
+                with contextlib.suppress(OSError):  # a file that is gone is one that was never there
+                    sample[ending] = file if isinstance(file, bytes) else file.read_bytes()
+            yield sample
 
-    def pairs(self, samples: Iterable[dict]) -> Iterator[tuple[Tensor, str]]:
-        """uint8 pixels (3, R, R) and caption of each sample that has both and is wanted."""
-        return self.skipped.usable(self._pair, samples)
-
-    def _pair(self, sample: dict) -> tuple[Tensor, str]:
+    def pair(self, sample: dict) -> tuple[Tensor, str]:
+        """uint8 pixels (3, R, R) and caption. Unusable if the sample lacks one of them, or is not wanted."""
         name = f"{sample['__url__']}/{sample['__key__']}"
         facts = read_facts(sample.get("json", b"{}"))
         texts = [read_text(sample.get("txt", b"")), facts.get("text"), facts.get("caption")]
@@ -407,7 +427,7 @@ class Captions:
             raise Unusable(name, "no caption" if len(files) == 1 else "several images" if files else "no image")
         image = open_image(io.BytesIO(files[0]), name)
         # img2dataset may have made the file smaller than the original was; what counts is the original.
-        known = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+        known = {fact: value for fact, value in facts.items() if isinstance(value, int | float)}
         sides = known.get("original_width") or image.width, known.get("original_height") or image.height
         if min(sides) < self.min_image_size or known.get("pwatermark", 0) > self.max_pwatermark:
             raise Unusable(name, "filtered")
@@ -421,17 +441,18 @@ class Captions:
         (B, 3, R, R) and B captions. A function of these numbers, and of how many workers the loader has."""
         import webdataset as wds
 
-        # Each process draws shards by its own seed, and so does each of its workers, whose number webdataset adds.
+        # Each process draws shards by a seed of its own, and so does each of its workers, whose number webdataset adds.
         seed = int(np.random.SeedSequence((seed, rank, world)).generate_state(1)[0])
         return wds.DataPipeline(
             wds.ResampledShards(self.shards, seed=seed, deterministic=True),
             self.samples,
-            wds.shuffle(1000, seed=seed),  # samples wait undecoded, which is small
-            self.pairs,
-            wds.batched(batch_size, self._batch, partial=False),
+            functools.partial(shuffled, seed),
+            functools.partial(self.skipped.usable, self.pair),
+            wds.batched(batch_size, self._batch),
         )
 
     def _batch(self, pairs: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+        # In a loader's process the log goes to stderr too, and each process has a count of its own.
         self.skipped.tell(self.data)
         pixels, captions = zip(*pairs, strict=True)
         return torch.stack(pixels), list(captions)

@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -34,7 +35,8 @@ from data import POINTS
 from evaluate import Evaluation, compare, machine, print_comparison
 from sample import n_steps, overview, picture, preview, sample
 from splam import SubPathStudent, ema_update, splad_loss
-from teacher import DiffusionModel, fit_or_load, save
+from teacher import DiffusionModel, load, new_model, save, train
+from teacher import parse as teacher_flags
 
 log = logging.getLogger("distill")
 STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
@@ -127,10 +129,12 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}{'' if first.improved is None else '-improved'}"
     own = Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve()
     refuse(own, f"--output_dir {output_dir} is the teacher's own folder: the student would take its place")
-    folder = training.run_folder(output_dir)
-    fit_flags = ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
-    fit_flags += ["--class_conditional"] if first.guidance_w else []  # to be guided, a toy's teacher needs labels
-    teacher = fit_or_load(name, folder / "teacher", fit_flags)
+    fit = None
+    if name.startswith(POINTS):  # a teacher of points is fitted here, below, when all flags are known to be good
+        fit = ["--data", name, "--output_dir", f"{output_dir}/teacher", "--resume_from_checkpoint", "latest"]
+        fit += ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
+        fit = teacher_flags([*fit, *(["--class_conditional"] if first.guidance_w else [])])  # w needs labels
+    teacher = new_model(fit) if fit else load(name)
     teacher.resize(first.resolution)
     p.set_defaults(data=teacher.default_data)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
@@ -140,6 +144,9 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     # One step of second order takes the place of several of first order.
     args.solver_step = args.solver_step or (args.k if "second_order" in args.improved else 20)
     check(args, teacher)
+    if fit:  # one that is there already has no step left
+        training.run_folder(output_dir)
+        train(fit, teacher, teacher.dataset(fit))
     return args, teacher
 
 
@@ -167,6 +174,9 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")
         if args.sigma == "markov":
             log.warning("--sigma markov and --improved time tell the network a wrong time: expect a poor student")
+    few = re.search("turbo|lightning|hyper|lcm|schnell", teacher.name, re.IGNORECASE)
+    if few or teacher.scheduler.config.get("timestep_spacing") == "trailing":
+        log.warning("%s looks like a model of few steps: there is no PF-ODE left to distil in it", teacher.name)
     teacher.labels(read_prompts(args.prompts))  # refuses prompts that the model has no meaning for
     refuse(args.num_eval_samples == 1, "--num_eval_samples must be 0, or 2 or more")
     teacher.few_step_scheduler(args.num_ddim_timesteps)  # the student's, which diffusers may not have

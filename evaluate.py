@@ -1,7 +1,6 @@
-"""How good is a student? Two programs:
+"""How good is a student?
 
     python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood
-    python evaluate.py error MODEL ...       the approximated error of Fig. 2(c), by time step
 
 Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's
 features (FID, if the network is Inception), and images with prompts also by how well the two agree. Where a PF-ODE
@@ -9,7 +8,6 @@ has a known end, there is something better than a distance between distributions
 from the end of the teacher's trajectory from the same noise.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -18,7 +16,6 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import cli
 import sample
@@ -118,49 +115,40 @@ class FrechetDistance:
         return {self.column: value}
 
 
-class PromptAccuracy:
+def prompt_accuracy(
+    network: nn.Module, classes: Sequence[str], batches: Sequence, prompts: Sequence[str | int]
+) -> dict:
     """How often a classifier sees in an image the class that was asked for: by its number (a model and a classifier
     number the classes of a folder alike), or by a text that names it.
 
     A text that names no class, or two, is not counted: it has no right answer, or more than one.
     """
-
-    def __init__(self, network: nn.Module, classes: list[str], device: torch.device):
-        self.network, self.device = network.to(device), device
-        # In whole words: "credit" does not name "red".
-        self.patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in classes]
-
-    def __call__(self, batches: Sequence[Tensor], prompts: Sequence[str | int]) -> dict[str, float]:
-        right, seen = [], torch.cat([self.network(images.to(self.device)).argmax(1) for images in batches]).tolist()
-        for prompt, number in zip(prompts, seen, strict=False):
-            named = [prompt]
-            if isinstance(prompt, str):
-                named = [i for i, pattern in enumerate(self.patterns) if pattern.search(prompt)]
-            if len(named) == 1:
-                right.append(named[0] == number)
-        return {"prompt accuracy": sum(right) / len(right)} if right else {}
+    device, right = next(network.parameters()).device, []
+    seen = torch.cat([network(images.to(device)).argmax(1) for images in batches]).tolist()
+    # In whole words: "credit" does not name "red".
+    patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in classes]
+    for prompt, number in zip(prompts, seen, strict=False):
+        named = [prompt]
+        if isinstance(prompt, str):
+            named = [i for i, pattern in enumerate(patterns) if pattern.search(prompt)]
+        if len(named) == 1:
+            right.append(named[0] == number)
+    return {"prompt accuracy": sum(right) / len(right)} if right else {}
 
 
-class ClipScore:
-    """The mean cosine between image and prompt in a CLIP, by the folder or hub id from which transformers loads it.
+def clip_score(model: nn.Module, processor: Callable, batches: Sequence[Tensor], prompts: Sequence[str]) -> dict:
+    """The mean cosine between image and prompt, in a CLIP of transformers.
 
     (torchmetrics has this score too, but its version 1.9 takes neither LAION's CLIPs nor transformers 5.)
     """
-
-    def __init__(self, name: str, device: torch.device):
-        from transformers import CLIPModel, CLIPProcessor
-
-        self.model, self.processor = CLIPModel.from_pretrained(name).to(device), CLIPProcessor.from_pretrained(name)
-
-    def __call__(self, batches: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, float]:
-        cosines, longest = [], self.model.config.text_config.max_position_embeddings
-        # Of a longer text CLIP sees the beginning.
-        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        for images in batches if prompts else ():
-            texts = prompts[len(cosines) : len(cosines) + len(images)]
-            outputs = self.model(**self.processor(text=texts, images=list(images), **options).to(self.model.device))
-            cosines += (outputs.image_embeds * outputs.text_embeds).sum(1).tolist()  # of length 1 each
-        return {"CLIP": sum(cosines) / len(cosines)} if cosines else {}
+    cosines, longest = [], model.config.text_config.max_position_embeddings
+    # Of a longer text CLIP sees the beginning.
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    for images in batches if prompts else ():
+        texts = prompts[len(cosines) : len(cosines) + len(images)]
+        outputs = model(**processor(text=texts, images=list(images), **options).to(model.device))
+        cosines += (outputs.image_embeds * outputs.text_embeds).sum(1).tolist()  # of length 1 each
+    return {"CLIP": sum(cosines) / len(cosines)} if cosines else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,17 +252,21 @@ class Evaluation:
 
     def _measures(self) -> list[Callable]:
         """Points need no network to see them with; a CLIP score needs prompts that say something."""
-        model = self.model
+        model, measures = self.model, []
         refuse(self.clip_model and not model.default_prompts, "--clip_model is for models that are prompted by texts")
         if len(model.shape) == 1:
             return [functools.partial(point_distance, self.reference)]
-        measures = [ClipScore(self.clip_model, model.device)] if self.clip_model else []
+        if self.clip_model:
+            from transformers import CLIPModel, CLIPProcessor
+
+            clip = CLIPModel.from_pretrained(self.clip_model).to(model.device)
+            measures.append(functools.partial(clip_score, clip, CLIPProcessor.from_pretrained(self.clip_model)))
         if self.features == "inception":
             return [FrechetDistance(self), *measures]
         network, classes = load_classifier(self.features)
         # A classifier of other classes cannot say what a model was asked for.
         if model.conditional and model.null_label in (None, len(classes)):
-            measures.append(PromptAccuracy(network, classes, model.device))
+            measures.append(functools.partial(prompt_accuracy, network.to(model.device), classes))
         return [FrechetDistance(self, network.body), *measures]
 
     def update(self, samples: Tensor, prompts: Sequence[str | int] = ()) -> None:
@@ -315,7 +307,8 @@ class Evaluation:
         options |= {"w": w, "timesteps": times}
         parts, kept = [part.tolist() for part in torch.tensor(self.seeds).split(self.batch_size)], []
         if samples_dir:
-            folder = Path(samples_dir) / "-".join([Path(model.name).name, str(steps), *(f"t{t}" for t in times)])
+            how = [str(steps), *(f"t{t}" for t in times), *([f"w{w:g}"] if w else [])]
+            folder = Path(samples_dir) / "-".join([Path(model.name).name, *how])
             sample.sample_to_folder(model, self.seeds, folder, steps, **options)
             batches = (torch.stack([sample.read_png(folder, seed) for seed in part]) for part in parts)
         else:
@@ -410,13 +403,79 @@ def machine() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
-def table(args: argparse.Namespace) -> None:
-    """The subcommand: compares students, and leaves evaluation.json and .png in the first one's folder.
+# ---------------------------------------------------------------------------------------------------------------------
+# The approximated error, Fig. 2(c)
+#
+# A consistency function would have f(x_t, t) = f(x_s, s) for all neighbours t, s on a trajectory. The paper adds up
+# what is left of that (Eq. 6) along the trajectory, to bound how far f(x_T, T) is from the trajectory's end. That is
+# why it wants each of these errors to be small.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def true_states(teacher: DiffusionModel, noise: Tensor, cond: dict, times: Sequence[int], w: float) -> Iterator[Tensor]:
+    """x_t at `times`, which fall from N-1, on the teacher's own PF-ODE from `noise`, in its smallest DDIM steps."""
+    denoise, size = functools.partial(teacher.predict, cond=cond, w=w), len(teacher.schedule) // teacher.many_steps
+    yield noise
+    for start, end in itertools.pairwise(times):
+        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
+        noise = multiple_estimation(denoise, teacher.schedule, noise, t, s, start - end, size)
+        yield noise
+
+
+@torch.no_grad()
+def approximated_errors(
+    model: DiffusionModel, states: Iterable[Tensor], cond: dict, times: Sequence[int], end: Tensor
+) -> Tensor:
+    """The mean squares, over samples and elements, of f(x_t, t) - f(x_s, s) for each t in `times` and the next one, s;
+    and of f(x_t, t) - `end`, where `end` (B, ...) is that of the trajectories: (2, times - 1).
+
+    `states` are the x_t, as from the function above.
+    """
+    # A generator, so that only two predictions are in memory: the one for t and that for its neighbour.
+    pairs = zip(times, states, strict=True)
+    f = (model.predict(x, torch.full((len(x),), time, device=x.device), cond)[0] for time, x in pairs)
+    rows = [
+        [distance(here, other, "l2").mean().item() for other in (next_one, end)]
+        for here, next_one in itertools.pairwise(f)
+    ]
+    return torch.tensor(rows).T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parser() -> cli.Parser:
+    """The flags of evaluate.py."""
+    p = cli.Parser(prog="evaluate.py", description="Compare students with their teacher.")
+    flag = p.add_argument
+    flag("program", choices=["table"], help="what to make")
+    flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
+    flag("--steps", type=cli.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
+    # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
+    flag("--teacher_steps", type=cli.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
+    flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
+    flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
+    flag("--data", help="the reference set (default: what the first student was distilled with)")
+    flag("--split", default="train", help="of the data, the reference set")
+    flag("--features", default="inception", help='"inception", or a file of experiments/features.py')
+    flag("--clip_model", help="for a CLIP score: folder or hub id; published: laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
+    flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
+    flag("--num_samples", type=cli.two_or_more, default=5000, help="a row")
+    flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
+    sample.add_arguments(p)
+    return p
+
+
+@cli.program
+def main() -> None:
+    """Compares students, and leaves evaluation.json and .png in the first one's folder.
 
     What is not given on the command line is read from the metrics.json that distill.py left there: the teacher, the
     data, and the guidance scale that the student has in its weights.
     """
-    refuse(args.protocol and not args.prompts, "a --protocol needs its captions: --prompts FILE.txt, one a line")
+    args = parser().parse_args()
     refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
     folder = Path(args.students[0])
     record = folder / "metrics.json"
@@ -442,143 +501,6 @@ def table(args: argparse.Namespace) -> None:
     result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))
     print(f"{out}  {out.with_suffix('.json')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The approximated error, Fig. 2(c)
-#
-# A consistency function would have f(x_t, t) = f(x_s, s) for all neighbours t, s on a trajectory. The paper adds up
-# what is left of that (Eq. 6) along the trajectory, to bound how far f(x_T, T) is from the trajectory's end. That is
-# why it wants each of these errors to be small.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def simulated_states(model: DiffusionModel, x0: Tensor, noise: Tensor, times: Sequence[int]) -> Iterator[Tensor]:
-    """x_t at `times`, (B, ...) each, as the paper simulates a trajectory: the same noise on the same x_0 (Eq. 1)."""
-    for time in times:
-        alpha, sigma = model.schedule.at(torch.full((len(x0),), time, device=x0.device), x0.ndim)
-        yield alpha * x0 + sigma * noise
-
-
-def true_states(teacher: DiffusionModel, noise: Tensor, cond: dict, times: Sequence[int], w: float) -> Iterator[Tensor]:
-    """x_t at `times`, which fall from N-1, on the teacher's own PF-ODE from `noise`, in its smallest DDIM steps."""
-    denoise, size = functools.partial(teacher.predict, cond=cond, w=w), len(teacher.schedule) // teacher.many_steps
-    yield noise
-    for start, end in itertools.pairwise(times):
-        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
-        noise = multiple_estimation(denoise, teacher.schedule, noise, t, s, start - end, size)
-        yield noise
-
-
-@torch.no_grad()
-def approximated_errors(
-    model: DiffusionModel, states: Iterable[Tensor], cond: dict, times: Sequence[int], w=0.0, end: Tensor | None = None
-) -> Tensor:
-    """The mean squares, over samples and elements, of f(x_t, t) - f(x_s, s) for each t in `times` and the next one, s.
-
-    `states` are the x_t, from one of the functions above. Returns (1, times - 1); with the `end` (B, ...) of the
-    trajectories (2, times - 1), whose second row is of f(x_t, t) - `end`.
-    """
-    # A generator, so that only two predictions are in memory: the one for t and that for its neighbour.
-    pairs = zip(times, states, strict=True)
-    f = (model.predict(x, torch.full((len(x),), time, device=x.device), cond, w)[0] for time, x in pairs)
-    rows = []
-    for here, neighbour in itertools.pairwise(f):
-        others = [neighbour] if end is None else [neighbour, end]
-        rows.append([distance(here, other, "l2").mean().item() for other in others])
-    return torch.tensor(rows).T
-
-
-def error(args: argparse.Namespace) -> None:
-    """The subcommand: a curve for each model, printed, plotted, and written as .json. All see the same data and
-    noise."""
-    from toy import plots
-
-    out, device, size = cli.output_file(args.out, ".png"), training.process().device, args.batch_size or 100
-    models = {name: load(name).to(device) for name in args.models}
-    first = models[args.models[0]]
-    for name, model in models.items():
-        model.resize(args.resolution)
-        refuse(model.shape != first.shape, f"{name} and {first.name} make samples of different sizes")
-    args.data = args.data or first.default_data
-    refuse(args.data is None, "--data is missing: a folder of images, or images with captions")
-    times = list(range(len(first.schedule) - 1, 99, -20))  # as in the paper's figure: 20 apart, and not below 100
-    count, sums = math.ceil(args.num_samples / size), dict.fromkeys(models, 0)
-    batches = training.loader(first.dataset(args), size, args.seed)
-    for i, (data, label) in zip(trange(count, desc="error", unit="batch", leave=False), batches, strict=False):
-        for name, model in models.items():
-            with training.autocast(device, args.mixed_precision):
-                x0, cond = model.prepare(data.to(device), label)
-                # A CPU's generator, with a seed for each batch: the same noise on every device and for every model.
-                noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed + i)).to(device)
-                w = 0.0 if model.is_student else args.guidance_w  # a student's guidance is in its weights
-                states = simulated_states(model, x0, noise, times)
-                sums[name] += approximated_errors(model, states, cond, times, w)[0]
-    times = times[:-1]  # an error belongs to the noisier of two neighbours
-    curves = {name: (squares / count).sqrt().tolist() for name, squares in sums.items()}
-    lines = {name: (times, values, None) for name, values in curves.items()}
-    plots.curves(plots.Panel("approximated error", "t", "RMS of f(x_t, t) - f(x_s, s), s = t - 20", lines)).save(out)
-    out.with_suffix(".json").write_text(json.dumps({"t": times, **curves}))
-    shown = range(0, len(times), 6)
-    print_rows([{"model": name, **{f"t={times[i]}": values[i] for i in shown}} for name, values in curves.items()])
-    print(f"{count * size} samples of {args.data}; {machine()}; {out}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The programs
-# ---------------------------------------------------------------------------------------------------------------------
-
-CLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"  # OpenCLIP's ViT-g-14; there is a larger ViT-bigG-14 as well
-# Published protocols, as command lines that are read before what was typed. --data is then the folder of the whole
-# validation set, and --prompts a file with its captions.
-PROTOCOLS = {
-    # Imagen's zero-shot FID-30k; all images are brought to 256 pixels by LANCZOS, for CLIP too, as GigaGAN does.
-    "coco2014-30k": f"--num_samples 30000 --resolution 256 --clip_model {CLIP}",
-    # FID-5k of guided distillation (Meng et al.): at the size that the model makes.
-    "coco2017-5k": f"--num_samples 5000 --clip_model {CLIP}",
-}
-
-
-def parser() -> cli.Parser:
-    """The flags of both programs."""
-    p = cli.Parser(prog="evaluate.py", description="Measure students and their teacher.")
-    programs = p.add_subparsers(required=True, dest="program", metavar="table|error")
-    t = programs.add_parser("table", help="compare students with their teacher")
-    t.epilog = cli.recipes("Protocols, of which a flag that is given replaces its part", PROTOCOLS)
-    flag = t.add_argument
-    flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
-    flag("--steps", type=cli.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
-    # With many steps the teacher costs most of the time, and may be known already. So it can be left out.
-    flag("--teacher_steps", type=cli.positive, nargs="*", help="DDIM's, or none (default 1 2 4 50; points 1000)")
-    flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
-    flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
-    flag("--data", help="the reference set (default: what the first student was distilled with)")
-    flag("--split", default="train", help="of the data, the reference set")
-    flag("--protocol", choices=PROTOCOLS, help="a published one, printed below; needs --data and --prompts FILE.txt")
-    flag("--features", default="inception", help='"inception", or a file of experiments/features.py')
-    flag("--clip_model", help=f"for a CLIP score: folder or hub id; published numbers have {CLIP}")
-    flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
-    flag("--num_samples", type=cli.two_or_more, default=5000, help="a row")
-    flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")
-    sample.add_arguments(t)
-    e = programs.add_parser("error", help="neighbouring predictions, Fig. 2(c)")
-    flag = e.add_argument
-    flag("models", nargs="+", help="pipeline folders or hub ids, of students and teachers")
-    flag("--guidance_w", type=cli.finite, default=0.0, help="of the teachers among the models")
-    flag("--num_samples", type=cli.positive, default=1000, help="paper: 1000")
-    flag("--out", default="runs/error.png", help="the plot; the numbers are written beside it as .json")
-    training.add_data_arguments(e)
-    sample.add_arguments(e)
-    return p
-
-
-@cli.program
-def main() -> None:
-    """Reads a protocol's flags between the name of the program and what was typed, which so has the last word."""
-    first, _ = parser().parse_known_args()  # a first look, for --protocol
-    protocol = PROTOCOLS.get(getattr(first, "protocol", None), "").split()
-    args = parser().parse_args([first.program, *protocol, *sys.argv[2:]])
-    {"table": table, "error": error}[args.program](args)
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def parser() -> Parser:
     flag("--steps", type=positive, nargs="+", help="evaluations of students (default 4; paper: 1-4)")
     flag("--teacher_steps", type=positive, nargs="+", help="of teachers (default 50)")
     flag("--scheduler", choices=list(SAMPLERS), help="default: lcm for a student, ddim for a teacher")
-    flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers")
+    flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers and for networks that take w")
     flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
     flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)

@@ -180,7 +180,9 @@ class DiffusionModel:
 
         # Clipping and thresholding would change the x_0 that the student was trained to give.
         options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
-        scheduler = _by_library(lambda _: LCMScheduler.from_config(self.scheduler.config, **options), self.name)
+        # Each scheduler has its own defaults: what is the teacher's by default would else become LCM's by default.
+        config = {**self.scheduler.config, "_use_default_values": []}
+        scheduler = _by_library(lambda _: LCMScheduler.from_config(config, **options), self.name)
         here, there = self.schedule, Schedule(scheduler.alphas_cumprod)
         same = len(here) == len(there) and torch.allclose(here.alpha, there.alpha, rtol=0, atol=1e-3)
         refuse(not same, f"diffusers' LCMScheduler makes another noise schedule of the config of {self.name}")
@@ -205,6 +207,7 @@ def _check(network: nn.Module, scheduler, name: str) -> None:
     """Refuses networks and schedulers that would be misread, and give bad samples without an error."""
     alphas, config = getattr(scheduler, "alphas_cumprod", None), network.config
     kind = type(scheduler).__name__
+    # Solvers that can do both keep α and σ of a diffusion also where they are set to the straight lines of a flow.
     flow = alphas is None or scheduler.config.get("use_flow_sigmas")
     refuse(flow, f"{name} has a {kind}, of flow matching perhaps: α and σ of Eq. 1 are needed")
     prediction = scheduler.config.get("prediction_type")
@@ -220,6 +223,7 @@ def _check(network: nn.Module, scheduler, name: str) -> None:
     channels = config.get("in_channels"), config.get("out_channels")
     what = "inpainting and the like need more than x_t, and have no students here"
     refuse(channels[0] != channels[1], f"{name} takes {channels[0]} channels and returns {channels[1]}: {what}")
+    # Keys by which a network expects another input than its class and its text.
     for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
         refuse(config.get(key), f"{name} has a {key} of {config.get(key)!r}: its network expects what no data here has")
     # Where a file lacks weights, diffusers leaves parameters that have a shape and no values.
@@ -245,6 +249,8 @@ class PointModel(DiffusionModel):
 
     def __init__(self, network: nn.Module, scheduler, name: str):
         super().__init__(network, scheduler, name)
+        # Beside other work, two threads are 30 times slower than one for so small a network: each waits for the other.
+        torch.set_num_threads(1)
         # A student of an ideal teacher is a network and nothing else, though its config remembers where it comes from.
         self.ideal = network.config.ideal and not self.is_student
         self.default_data = f"{'ideal' if network.config.ideal else 'toy'}:{network.config.distribution}"
@@ -252,6 +258,7 @@ class PointModel(DiffusionModel):
 
     @classmethod
     def load(cls, name: str) -> "PointModel":
+        """Of diffusers only its schedulers are asked: its pipelines would import transformers."""
         import diffusers
 
         from toy.mlp import PointMLP
@@ -293,6 +300,7 @@ class ImageModel(DiffusionModel):
 
     @classmethod
     def load(cls, name: str) -> "ImageModel":
+        """In float32, whatever the files say, and from safetensors only: pickles can run code."""
         from diffusers import DDPMPipeline  # knows older layouts of the folder too
 
         pipeline = _by_library(DDPMPipeline.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
@@ -341,12 +349,12 @@ class StableDiffusion(DiffusionModel):
 
     @classmethod
     def load(cls, name: str) -> "StableDiffusion":
+        """As an ImageModel. The safety checker and its kin are not loaded: they would cost memory, and nothing asks for
+        them here."""
         from diffusers import StableDiffusionPipeline
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        # The safety checker and its kin are not loaded: they would cost memory and are not distilled. Weights in
-        # safetensors only: pickles can run code.
         options = {"use_safetensors": True, "dtype": torch.float32, "requires_safety_checker": False}
         pipeline = _by_library(StableDiffusionPipeline.from_pretrained, name, **options, **dict.fromkeys(UNUSED_PARTS))
         # Where a tokenizer's files are missing, transformers makes an empty vocabulary, by which all texts are alike.
@@ -488,6 +496,7 @@ def load(name: str) -> DiffusionModel:
 
 
 def _hub_index(name: str) -> dict:
+    """The model_index.json of a hub id."""
     from diffusers import DiffusionPipeline
 
     return _by_library(DiffusionPipeline.load_config, name)
@@ -512,6 +521,7 @@ def _silence_libraries() -> None:
 
 
 def _load_lora(folder: Path) -> DiffusionModel:
+    """The teacher that the run's record names, with the LoRA added to its weights."""
     from diffusers import LCMScheduler
 
     record = folder / "metrics.json"
@@ -583,6 +593,7 @@ def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
 
 
 def _new_mlp(args: argparse.Namespace, **options) -> nn.Module:
+    """A PointMLP that remembers what it is fitted to."""
     from toy.mlp import PointMLP
 
     refuse(args.resolution or args.block_out_channels, "--resolution and --block_out_channels are for images")
@@ -643,9 +654,8 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
             ema_update(average, accelerator.unwrap_model(student), min(args.ema_decay, step / (step + 10)))
             run.log(step, loss)
             run.checkpoint(step)
-    # Others may go on only when the folder is there: they load it next, if distill.py has called.
+    model.network.load_state_dict(average.state_dict())
     if accelerator.is_main_process:
-        model.network.load_state_dict(average.state_dict())
         save(model, run.folder)
     accelerator.wait_for_everyone()
 
@@ -656,21 +666,9 @@ def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> 
     return {key: torch.where(where[key], null[key], value) for key, value in cond.items()}
 
 
-def fit_or_load(name: str, folder: Path, arguments: Sequence[str] = ()) -> DiffusionModel:
-    """The teacher of that name. "toy:<name>" and "ideal:<name>" are fitted here and now, by teacher.py's `arguments`,
-    and kept in `folder`, where the next call finds them."""
-    if not name.startswith(data.POINTS):
-        return load(name)
-    data.distribution(name)  # refuses an unknown one before anything is fitted
-    # One that is there already has no step left; an interrupted fit goes on; one made otherwise is refused.
-    args = parse(["--data", name, "--output_dir", str(folder), "--resume_from_checkpoint", "latest", *arguments])
-    model = new_model(args)
-    train(args, model, model.dataset(args))
-    return load(str(folder))
-
-
 @program
 def main() -> None:
+    """Trains a teacher, and says where it is."""
     args = parse()
     model = new_model(args)
     train(args, model, model.dataset(args))

@@ -149,7 +149,8 @@ def run_folder(path: str | Path) -> Path:
     folder = writable_folder(path)
     strange = any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
-    (folder / MARK).write_text(json.dumps({"command": sys.argv}))
+    if not (folder / MARK).is_file():
+        (folder / MARK).write_text(json.dumps({"command": sys.argv}))
     return folder
 
 

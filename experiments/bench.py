@@ -105,6 +105,8 @@ def report(distillation: distill.Distillation) -> None:
     passes = forward_passes(args)
     model = passes * forward * args.gradient_accumulation_steps  # what the passes alone would take
     print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
+    if torch.accelerator.is_available():
+        print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.3g} GiB")
     student, many = distillation.student(), teacher.many_steps
     draws = {f"student, {n_steps(k)}": partial(sample, student, range(n), k) for k in distill.STEPS}
     draws[f"teacher, {n_steps(many)}"] = partial(sample, teacher, range(n), many, w=args.guidance_w)

@@ -61,7 +61,11 @@ def shifted_loss(model: nn.Module, x: Tensor, label: Tensor, generator: torch.Ge
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Images, device: torch.device) -> float:
-    """The share of images whose class is the largest logit."""
+    """The share of images whose class is the largest logit, from 0 to 1.
+
+    It says whether the features know what is on the images: by those of a poor classifier, distances mean little.
+    Measured on the test split, which the classifier has not seen.
+    """
     seen = [classifier(pixels.to(device)).argmax(1).cpu() for pixels in images.samples.split(250)]
     return (torch.cat(seen) == images.labels).double().mean().item()
 
@@ -82,6 +86,8 @@ def main() -> None:
     test = load_images(args.data, "test", images.samples.shape[-1])
     classifier = fit(args, Classifier(len(images.classes)), images, shifted_loss)
     right = 100 * accuracy(classifier, test, training.process().device)
+    # Numbers and text only, so that evaluate.py reads them without running code. The names of the classes go along: by
+    # them it tells which class a prompt asks for.
     draft = out.with_name(f"{out.name}.tmp")  # renamed when it is complete
     save_file(classifier.state_dict(), draft, metadata={"classes": json.dumps(images.classes)})
     draft.replace(out)

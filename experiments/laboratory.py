@@ -38,7 +38,9 @@ from teacher import DiffusionModel
 from toy import plots
 
 WORK = Path("runs/experiments")
-TRAINING = ("loss", "gradient norm")  # columns that a row has beside what is measured
+# Columns of a row: what a run's log has; and what every student is measured by, where "1 step" stands for the distances
+# of samples of one step, whatever they are called.
+TRAINING, QUALITY = ["loss", "gradient norm"], ["map error", "1 step", "2 steps", "4 steps"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring a student
@@ -76,6 +78,60 @@ def quality(place: Bench, student: DiffusionModel) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What was found
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Findings(NamedTuple):
+    """The rows of each student, by variant and seed; and the first one's teacher."""
+
+    rows: dict[str, list[list[dict]]]
+    teacher: DiffusionModel
+
+    def of(self, variant: str, column: str) -> Tensor:
+        """(seeds, times) or, where a row holds a list, (seeds, times, length)."""
+        return torch.tensor([[row[column] for row in rows] for rows in self.rows[variant]])
+
+    def summary(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """By variant and column, mean and standard deviation over the seeds at the end of training."""
+        summary = {}
+        for name, ((*_, last), *_) in self.rows.items():
+            ends = {column: self.of(name, column)[:, -1] for column, x in last.items() if isinstance(x, float)}
+            summary[name] = {column: (x.mean().item(), x.std().item()) for column, x in ends.items()}
+        return summary
+
+    def columns(self, endings: Sequence[str]) -> list[str]:
+        """The columns that end so."""
+        first = next(iter(self.rows.values()))[0][0]
+        return [column for ending in endings for column in first if column.endswith(ending)]
+
+    def lines(self, column: str, x: str) -> dict[str, tuple]:
+        """Lines of a plots.Panel over x. Either x is a column too, and each variant has a line; or variants are named
+        "line, x = 20", and lines go through their ends."""
+        lines, summary = {}, self.summary()
+        for name in self.rows:
+            line, _, value = name.rpartition(f", {x} = ")
+            if line:
+                lines.setdefault(line, []).append((float(value), *summary[name][column]))
+                continue
+            xs, ys = self.of(name, x), self.of(name, column)
+            if ys.ndim == 3:  # lists are drawn as they are at the end of training
+                xs, ys = xs[:, -1], ys[:, -1]
+            lines[name] = zip(xs[0].tolist(), ys.mean(0).tolist(), ys.std(0).tolist(), strict=True)
+        return {name: tuple(zip(*sorted(points), strict=True)) for name, points in lines.items()}
+
+    def curves(self, over: dict[str, Sequence[str]], **style) -> Image.Image:
+        """A panel for each of these columns, over each x."""
+        asked = [(column, x) for x, endings in over.items() for column in self.columns(endings)]
+        return plots.curves(*(plots.Panel(column, x, "", self.lines(column, x), **style) for column, x in asked))
+
+    def dots(self) -> Image.Image:
+        """A panel for each column of QUALITY, at most four in a row, with a line for each variant."""
+        columns, summary = self.columns(QUALITY), self.summary()
+        return plots.below(*(plots.dots(summary, columns[i : i + 4]) for i in range(0, len(columns), 4)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training students. Jobs are plain data, and what runs them are plain functions, since both go to other processes.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +150,7 @@ class Experiment(NamedTuple):
     """Students to compare, and how."""
 
     variants: dict[str, Variant]
-    picture: Callable[["Findings"], Image.Image]
+    picture: Callable[[Findings], Image.Image] = Findings.dots
     measure: Callable[[Bench, DiffusionModel], dict] = quality  # -> the columns of a row
     at: Sequence[float] = (1,)  # the parts of its training after which a student is measured
     defaults: dict = {}  # of the flags
@@ -174,59 +230,6 @@ def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was found
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Findings(NamedTuple):
-    """The rows of each student, by variant and seed; and the first one's teacher."""
-
-    rows: dict[str, list[list[dict]]]
-    teacher: DiffusionModel
-
-    def of(self, variant: str, column: str) -> Tensor:
-        """(seeds, times) or, where a row holds a list, (seeds, times, length)."""
-        return torch.tensor([[row[column] for row in rows] for rows in self.rows[variant]])
-
-    def summary(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """By variant and column, mean and standard deviation over the seeds at the end of training."""
-        summary = {}
-        for name, ((*_, last), *_) in self.rows.items():
-            ends = {column: self.of(name, column)[:, -1] for column, x in last.items() if isinstance(x, float)}
-            summary[name] = {column: (x.mean().item(), x.std().item()) for column, x in ends.items()}
-        return summary
-
-    def columns(self, *endings: str) -> list[str]:
-        """The columns that end so: "1 step" stands for all measures of one step."""
-        first = next(iter(self.rows.values()))[0][0]
-        return [column for ending in endings for column in first if column.endswith(ending)]
-
-    def lines(self, column: str, x: str) -> dict[str, tuple]:
-        """Lines of a plots.Panel over x. Either x is a column too, and each variant has a line; or variants are named
-        "line, x = 20", and lines go through their ends."""
-        lines, summary = {}, self.summary()
-        for name in self.rows:
-            line, _, value = name.rpartition(f", {x} = ")
-            if line:
-                lines.setdefault(line, []).append((float(value), *summary[name][column]))
-                continue
-            xs, ys = self.of(name, x), self.of(name, column)
-            if ys.ndim == 3:  # lists are drawn as they are at the end of training
-                xs, ys = xs[:, -1, : ys.shape[2]], ys[:, -1]
-            lines[name] = zip(xs[0].tolist(), ys.mean(0).tolist(), ys.std(0).tolist(), strict=True)
-        return {name: tuple(zip(*sorted(points), strict=True)) for name, points in lines.items()}
-
-    def panels(self, x: str, *endings: str, **style) -> list[plots.Panel]:
-        """A panel over x for each of these columns."""
-        return [plots.Panel(c, x, "", self.lines(c, x), **style) for c in self.columns(*endings)]
-
-    def dots(self, *endings: str) -> Image.Image:
-        """A panel for each of these columns, at most four in a row, with a line for each variant."""
-        columns, summary = self.columns(*endings), self.summary()
-        return plots.below(*(plots.dots(summary, columns[i : i + 4]) for i in range(0, len(columns), 4)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # An experiment
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -257,7 +260,7 @@ def jobs_of(experiment: Experiment, args: argparse.Namespace, others: list[str],
 def perform(experiment: Experiment, args: argparse.Namespace, others: list[str]) -> None:
     """Trains and measures the students, prints, draws and writes.
 
-    What an interrupted call has finished lies in a folder of its own. The next one at the same commit goes on from there,
+    What an interrupted call has finished lies in a folder of its own. The next one at the same commit goes on from it
     and removes it when all is written.
     """
     origin = provenance()
@@ -281,7 +284,11 @@ def perform(experiment: Experiment, args: argparse.Namespace, others: list[str])
         table.append({"student": name, "steps": rows[name][0][-1]["step"], **cells})
     print_rows(table)
     experiment.picture(found).save(f"{args.out}.png")
-    record = {"command": shlex.join(sys.argv), **origin, "minutes": sum(result["minutes"] for result in results)}
+    record = {
+        "command": f"python -m experiments {shlex.join(sys.argv[1:])}",
+        **origin,
+        "minutes": sum(result["minutes"] for result in results),
+    }
     record |= {"flags": vars(args), "students": {name: experiment.variants[name].flags for name in rows}}
     record |= {"references": results[0]["references"], "summary": found.summary(), "rows": rows}
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1))

@@ -1,4 +1,6 @@
-"""fig2a              quality by the length k of a sub-path, with and without multiple estimation (ME)
+"""The experiments, and their students.
+
+    fig2a              quality by the length k of a sub-path, with and without multiple estimation (ME)
     fig2b              quality by training steps, and by the network evaluations that they cost
     fig2c              the error between neighbours of the PF-ODE, and to its end, by time
     fig3               what the guidance scale w buys and costs
@@ -21,15 +23,17 @@ All other flags are distill.py's, for all students. On two CPU cores an experime
 
 import functools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from evaluate import approximated_errors, true_states
-from experiments.laboratory import Bench, Experiment, Findings, Variant, quality
+from experiments.laboratory import QUALITY, TRAINING, Bench, Experiment, Findings, Variant, quality
 from sample import SeededNoise
-from splam import SIGMA_FORMS, Denoiser, Schedule, multiple_estimation, sub_path_point
+from splam import METRICS, SIGMA_FORMS, Denoiser, Schedule, multiple_estimation, sub_path_point
 from teacher import DiffusionModel, PointModel
 from toy import plots
 
@@ -43,75 +47,78 @@ TOLD_GAMMA = {"SPLAM": "", "SPLAM, t'": "--improved time"}
 METHODS = {"LCM": "--ode lcm"} | TOLD_GAMMA
 
 
-def each(methods: dict[str, str], settings: dict[str, Variant]) -> dict[str, Variant]:
+def each(methods: dict[str, str], settings: dict[str, str | Variant]) -> dict[str, Variant]:
     """Each method in each setting. Names and flags are joined."""
-    return {
-        f"{method}{name}": setting._replace(flags=f"{flags} {setting.flags}")
-        for method, flags in methods.items()
-        for name, setting in settings.items()
-    }
+    variants = {}
+    for method, flags in methods.items():
+        for name, setting in settings.items():
+            more = Variant(setting) if isinstance(setting, str) else setting
+            variants[method + name] = more._replace(flags=f"{flags} {more.flags}".strip())
+    return variants
 
 
 # Figure 2(a). Sub-paths start on a grid of 50 times, 20 apart. Where k is a multiple of 20 they also end on it, and for
 # k = 50 a grid of 20 times does that. With ME the solver's steps are 20 long, or 25, which divides 50.
-FIFTY = Variant("--k 50 --num_ddim_timesteps 20 --solver_step 25")
-FIG2A = each(METHODS, {f", k = {k}": Variant(f"--k {k} --solver_step {k}") for k in (20, 100, 200)})
-FIG2A |= each(METHODS, {", k = 50": Variant(f"{FIFTY.flags} --solver_step 50"), " + ME, k = 50": FIFTY})
-FIG2A |= each(METHODS, {" + ME, k = 100": Variant(), " + ME, k = 200": Variant("--k 200")})
+FIFTY = "--k 50 --num_ddim_timesteps 20"
+SIZES = {", k = 20": "--k 20", ", k = 50": f"{FIFTY} --solver_step 50"}
+SIZES |= {", k = 100": "--k 100 --solver_step 100", ", k = 200": "--k 200 --solver_step 200"}
+SIZES |= {" + ME, k = 50": f"{FIFTY} --solver_step 25", " + ME, k = 100": "--k 100", " + ME, k = 200": "--k 200"}
+FIG2A = each(METHODS, SIZES)
 
 # Figure 2(b) and (c). The paper compares by steps. A step of k = 100 costs nine evaluations, one of k = 20 five.
-FIG2C = each(METHODS, {", k = 20": Variant("--k 20"), ", k = 100": Variant()})
+ENDS = {", k = 20": "--k 20", ", k = 100": "--k 100"}  # one solver step, or five
+FIG2C = each(METHODS, ENDS)
 FIG2B = FIG2C | {"SPLAM, t', half, k = 100": Variant("--improved time half")}
 
 # Figure 3, on two labelled moons, so wide that they overlap. The paper has w = 3 and 8.
 SCALES = [0, 1, 2, 4, 8]
 FIG3 = each(METHODS, {f", w = {w}": Variant(f"--guidance_w {w}", teacher="--class_conditional") for w in SCALES})
 
-# Table 3. Both k have k_φ = 20: one solver step, or five.
+# Table 3.
 LINES = {"DL": "--ode dl", "SL": "", "SL, Markov σ": "--sigma markov"}
-TAB3 = each({"LCM": "--ode lcm"} | LINES, {", k = 20": Variant("--k 20"), ", k = 100": Variant()})
-TAB3 |= each(LINES, {", t', k = 20": Variant("--improved time --k 20"), ", t', k = 100": Variant("--improved time")})
+LINES |= {f"{line}, t'": f"{flags} --improved time" for line, flags in LINES.items()}
+TAB3 = each({"LCM": "--ode lcm"} | LINES, ENDS)
 TAB3 |= {"SL, half, k = 100": Variant("--improved half"), "SL, t', half, k = 100": Variant("--improved time half")}
 
 # What decides: one change at a time.
-SAME = {"": Variant()}
+SAME = {"": ""}
 WIDTH = each(METHODS, SAME | {f": {n} units, not 128": Variant(network={"width": n}) for n in (16, 32, 64)})
-GRID = each(METHODS, SAME | {": 10 starts": Variant("--num_ddim_timesteps 10"), ": k = 50": FIFTY})
+GRID = each(METHODS, SAME | {": 10 starts": "--num_ddim_timesteps 10", ": k = 50": f"{FIFTY} --solver_step 25"})
 # On the grid of 50 starts these sub-paths end where none starts. LCM's target is never trained there: it is refused.
-OFF_GRID = Variant("--k 50 --solver_step 25")
+OFF_GRID = "--k 50 --solver_step 25"
 GRID |= each(TOLD_GAMMA, {": k = 50, off the grid": OFF_GRID})
-DATA = each(METHODS, SAME | {": a spiral": Variant("--pretrained_teacher_model ideal:spiral")})
+DATA = each(METHODS, SAME | {": a spiral": "--pretrained_teacher_model ideal:spiral"})
 MLP = Variant("--pretrained_teacher_model toy:8gaussians")
 POOR = MLP._replace(teacher="--max_train_steps 300")
 TEACHER = each(METHODS, SAME | {": trained teacher": MLP, ": poor teacher": POOR})
-RECIPE = each(METHODS, SAME | {f": EMA {decay}": Variant(f"--ema_decay {decay}") for decay in (0, 0.99)})
+RECIPE = each(METHODS, SAME | {": EMA 0": "--ema_decay 0", ": EMA 0.99": "--ema_decay 0.99"})
 RECIPE |= {"SPLAM: half": Variant("--improved half"), "SPLAM, t': half": Variant("--improved time half")}
 
 # What makes either better.
 FIRST = {"LCM": "--ode lcm", "SPLAM, t', half": "--improved time half"}
 SECOND = {"LCM, second order": "--ode lcm --improved second_order", "SPLAM, t', half, second order": "--improved"}
-SOLVER = each(FIRST, {": DDIM x 5": Variant(), ": DDIM x 2": Variant("--solver_step 50")})
-SOLVER |= each(SECOND, {"": Variant(), ", k = 200": Variant("--k 200")})
-METRIC = each(SECOND, {f": {metric}": Variant(f"--metric {metric}") for metric in ("huber", "l2")})
-RATE = each(SECOND, {f": {rate}": Variant(f"--learning_rate {rate}") for rate in ("1e-4", "3e-4", "1e-3", "3e-3")})
+SOLVER = each(FIRST, {": DDIM x 5": "", ": DDIM x 2": "--solver_step 50"})
+SOLVER |= each(SECOND, SAME | {", k = 200": "--k 200"})
+METRIC = each(SECOND, {f": {metric}": f"--metric {metric}" for metric in METRICS})
+RATE = each(SECOND, {f": {rate}": f"--learning_rate {rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3")})
 
-
-# A healthy student, and others with one mistake each. The last two are a pair, on two classes that overlap:
-# guidance_scale 1 is w = 0.
-CLOUDS = Variant("--pretrained_teacher_model ideal:clouds", teacher="--class_conditional")
+# A healthy student, and others with one mistake each. guidance_scale 1 is w = 0. The students with a w have two classes
+# that overlap, since guidance needs some.
+CLOUDS = "--pretrained_teacher_model ideal:clouds --guidance_w"
 MISTAKES = {
-    "healthy": Variant(),
-    "learning rate x 10": Variant("--learning_rate 1e-2"),
-    "learning rate / 10": Variant("--learning_rate 1e-4"),
-    "EMA 0": Variant("--ema_decay 0"),
-    "EMA 0.999": Variant("--ema_decay 0.999"),
-    "Markov σ with time": Variant("--sigma markov"),
-    "k = 200, one solver step": Variant("--k 200 --solver_step 200"),
+    "healthy": "",
+    "learning rate x 10": "--learning_rate 1e-2",
+    "learning rate / 10": "--learning_rate 1e-4",
+    "EMA 0": "--ema_decay 0",
+    "EMA 0.999": "--ema_decay 0.999",
+    "Markov σ with time": "--sigma markov",
+    "ends off the grid, with embedding": f"{OFF_GRID} --improved half",
+    "k = 200, one solver step": "--k 200 --solver_step 200",
+    "guidance_scale 1 meant": Variant(f"{CLOUDS} 0", teacher="--class_conditional"),
+    "and w = 1 typed": Variant(f"{CLOUDS} 1", teacher="--class_conditional"),
     "wrong prediction type": MLP._replace(claims="epsilon"),
-    "guidance_scale 1 meant": CLOUDS,
-    "and w = 1 typed": CLOUDS._replace(flags=f"{CLOUDS.flags} --guidance_w 1"),
 }
-SYMPTOMS = each({"": "--improved time"}, MISTAKES) | {"ends off the grid, embedding": OFF_GRID}
+SYMPTOMS = each({"": "--improved time"}, MISTAKES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,11 +142,11 @@ def trajectories(place: Bench) -> list[Tensor]:
 def errors(place: Bench, student: DiffusionModel) -> dict:
     """`quality`; and by time the RMS distances of f(x_t, t) to f at the next time, and to the trajectory's end."""
     cond, end = student.condition(place.labels), place.endpoint.to(student.device)
-    squares = approximated_errors(student, trajectories(place), cond, TIMES, end=end)
+    squares = approximated_errors(student, trajectories(place), cond, TIMES, end)
     # They are means over elements. The square of a distance is their sum.
-    to_next, to_end = ((square * end[0].numel()).sqrt().tolist() for square in squares)
+    to_next, to_end = (squares * end[0].numel()).sqrt().tolist()
     sums = {"sum of neighbours": sum(to_next), "RMS to the end": to_end[0]}
-    return {**quality(place, student), **sums, "t": TIMES, "f to its neighbour": to_next, "f to the end": to_end}
+    return {**quality(place, student), **sums, "t": TIMES[:-1], "f to its neighbour": to_next, "f to the end": to_end}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,42 +208,35 @@ for coupling, solver in {"DDIM": multiple_estimation, "Markov": markov_estimatio
 GAMMAS = torch.linspace(0, 1, 11)[1:]  # at γ = 0, x_γ is r x_s, which is mapped as x_s is: nothing is left
 
 
-def inconsistency(model: PointModel, coupling: str, form: str, solver_step: int, t: int = 599, k: int = 100) -> Tensor:
+@torch.no_grad()
+def residual(model: PointModel, solver: Callable, solver_step: int, form: str, t: int = 599, k: int = 100) -> Tensor:
     """By γ, the RMS of F(x_γ) - F(x_s) for the F that cannot be improved, the PF-ODE's own map: what is left of Eq. 17.
 
-    F knows x_γ by α_γ and σ_γ: a wrong σ_γ starts the PF-ODE at a wrong time. The sub-paths go from t to t - k; with
-    the coupling "DDIM" their ends are computed in steps of `solver_step`.
+    F knows x_γ by α_γ and σ_γ: a wrong σ_γ starts the PF-ODE at a wrong time. The sub-paths go from t to t - k.
     """
-    schedule, generator, time = model.schedule, torch.Generator().manual_seed(0), torch.full((1024,), t)
-    x0, _ = model.mixture.sample(len(time), generator)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(time, 2), schedule.at(time - k, 2)
-    first, second = torch.randn(2, *x0.shape, generator=generator)
-    if coupling == "Markov":
-        r, x_s = alpha_t / alpha_s, alpha_s * x0 + sigma_s * first
-        x_t = r * x_s + (1 - r**2).sqrt() * second  # Eq. 20
-    else:
-        x_t, denoise = alpha_t * x0 + sigma_t * first, functools.partial(model.predict, cond={})
-        x_s = multiple_estimation(denoise, schedule, x_t, time, time - k, k, solver_step)
+    torch.manual_seed(0)
+    x0, _ = model.mixture.sample(1024, torch.default_generator)
+    t = torch.full((len(x0),), t)
+    s, (alpha, sigma), (alpha_s, sigma_s) = t - k, model.schedule.at(t, 2), model.schedule.at(t - k, 2)
+    x_t = alpha * x0 + sigma * torch.randn_like(x0)
+    x_s = solver(partial(model.predict, cond={}), model.schedule, x_t, t, s, k, solver_step)
     end, left = model.mixture.endpoint(x_s, alpha_s[:1], sigma_s[:1]), []
     for gamma in GAMMAS:
-        point = sub_path_point(x_t, x_s, time, time - k, gamma.expand(len(time)), schedule, "sl", form)
+        point = sub_path_point(x_t, x_s, t, s, gamma.expand(len(x0)), model.schedule, "sl", form)
         f = model.mixture.endpoint(point.x, point.alpha[:1], point.sigma[:1])
         left.append((f - end).square().sum(1).mean().sqrt())
     return torch.stack(left)
 
 
 def by_sigma(found: Findings) -> Image.Image:
-    """The map errors; above them `inconsistency`, where the teacher is a mixture, whose map is known."""
-    trained, lines = found.dots("map error"), {}
+    """The map errors; above them `residual`, where the teacher is a mixture, whose map is known."""
+    trained, lines = plots.dots(found.summary(), ["map error"]), {}
     if len(found.teacher.shape) > 1:
         return trained
-    for name, (coupling, solver_step) in {
-        "DDIM": ("DDIM", 100),
-        "DDIM x 5": ("DDIM", 20),
-        "Markov": ("Markov", 100),
-    }.items():
-        for form in SIGMA_FORMS:
-            lines[f"{name}, {form} σ"] = GAMMAS, inconsistency(found.teacher, coupling, form, solver_step), None
+    for form in SIGMA_FORMS:
+        for m in (1, 5):
+            lines[f"DDIM x {m}, {form} σ"] = GAMMAS, residual(found.teacher, multiple_estimation, 100 // m, form), None
+        lines[f"Markov x 100, {form} σ"] = GAMMAS, residual(found.teacher, markov_estimation, 1, form), None
     return plots.below(plots.curves(plots.Panel("what the PF-ODE's map leaves of Eq. 17", "γ", "RMS", lines)), trained)
 
 
@@ -245,55 +245,28 @@ def by_sigma(found: Findings) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def table(found: Findings) -> Image.Image:
-    """Map error, and the distance to the data in 1, 2 and 4 steps."""
-    return found.dots("map error", "1 step", "2 steps", "4 steps")
-
-
-def by_length(found: Findings) -> Image.Image:
-    """Figure 2(a): map error, and the distance to the data in one and four steps."""
-    return plots.curves(*found.panels("k", "map error", "1 step", "4 steps", xscale="log", ticks=[20, 50, 100, 200]))
-
-
-def by_cost(found: Findings) -> Image.Image:
-    """Figure 2(b): the map error by steps and by cost, and the distances to the data by cost."""
-    by_step = found.panels("step", "map error", xscale="log")
-    return plots.curves(
-        *by_step, *found.panels("evaluations", "map error", "1 step", "2 steps", "4 steps", xscale="log")
-    )
-
-
-def by_time(found: Findings) -> Image.Image:
-    """Figure 2(c)."""
-    return plots.curves(*found.panels("t", "f to its neighbour", "f to the end"))
-
-
-def by_scale(found: Findings) -> Image.Image:
-    """Figure 3: map error, fidelity and diversity."""
-    return plots.curves(*found.panels("w", "map error", "fidelity, student", "diversity, student", yscale="linear"))
-
-
-def by_step(found: Findings) -> Image.Image:
-    """Symptoms: what a run's log shows, and the map error."""
-    return plots.curves(*found.panels("step", "loss", "gradient norm", "map error"))
-
-
-HALVES, TWELFTHS = [2.0**-i for i in range(7)], [i / 12 for i in range(1, 13)]
+# What is drawn: the columns over each x. Where nothing is said, it is a line of dots for each student.
+SIZE, TIME = {"k": QUALITY}, {"t": ["f to its neighbour", "f to the end"]}
+COST, SEEN = {"step": ["map error"], "evaluations": QUALITY}, {"step": [*TRAINING, "map error"]}
+SCALE = {"w": ["map error", "fidelity, student", "diversity, student"]}
+HALVES, TWELFTHS = [2.0**-i for i in range(7)], [i / 12 for i in range(1, 13)]  # of the training
 CLASSES = {"pretrained_teacher_model": "ideal:clouds", "budget": 14000}
 EXPERIMENTS = {
-    "fig2a": Experiment(FIG2A, by_length),
-    "fig2b": Experiment(FIG2B, by_cost, at=HALVES, defaults={"budget": 36000}),
-    "fig2c": Experiment(FIG2C, by_time, errors),
-    "fig3": Experiment(FIG3, by_scale, guided_quality, defaults=CLASSES),
-    "tab3": Experiment(TAB3, table),
+    "fig2a": Experiment(FIG2A, partial(Findings.curves, over=SIZE, xscale="log", ticks=[20, 50, 100, 200])),
+    "fig2b": Experiment(
+        FIG2B, partial(Findings.curves, over=COST, xscale="log"), at=HALVES, defaults={"budget": 36000}
+    ),
+    "fig2c": Experiment(FIG2C, partial(Findings.curves, over=TIME), errors),
+    "fig3": Experiment(FIG3, partial(Findings.curves, over=SCALE, yscale="linear"), guided_quality, defaults=CLASSES),
+    "tab3": Experiment(TAB3),
     "appb": Experiment(APPB, by_sigma),
-    "decides-width": Experiment(WIDTH, table),
-    "decides-grid": Experiment(GRID, table),
-    "decides-data": Experiment(DATA, table),
-    "decides-teacher": Experiment(TEACHER, table),
-    "decides-recipe": Experiment(RECIPE, table),
-    "decides-solver": Experiment(SOLVER, table),
-    "decides-metric": Experiment(METRIC, table),
-    "decides-rate": Experiment(RATE, table),
-    "symptoms": Experiment(SYMPTOMS, by_step, at=TWELFTHS, defaults={"seeds": 2}),
+    "decides-width": Experiment(WIDTH),
+    "decides-grid": Experiment(GRID),
+    "decides-data": Experiment(DATA),
+    "decides-teacher": Experiment(TEACHER),
+    "decides-recipe": Experiment(RECIPE),
+    "decides-solver": Experiment(SOLVER),
+    "decides-metric": Experiment(METRIC),
+    "decides-rate": Experiment(RATE),
+    "symptoms": Experiment(SYMPTOMS, partial(Findings.curves, over=SEEN), at=TWELFTHS, defaults={"seeds": 2}),
 }

@@ -19,8 +19,8 @@ from splam import ConsistencyFunction, Schedule, SubPathPoint, SubPathStudent, m
 from toy.distributions import DISTRIBUTIONS
 from toy.mlp import PointMLP
 
-settings.register_profile("mathematics", deadline=None, derandomize=True, print_blob=True, max_examples=50)
-settings.load_profile("mathematics")
+settings.register_profile("splam", deadline=None, derandomize=True, print_blob=True)  # as in conftest.py
+settings.load_profile("splam")
 LINES, SIGMAS, PREDICTION_TYPES = ["sl", "dl"], ["linear", "markov"], ["epsilon", "v_prediction"]
 each_ode = pytest.mark.parametrize("ode", LINES)
 each_prediction_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -341,22 +341,22 @@ def test_x0_is_computed_in_float32_whatever_the_network_computes_in(prediction_t
 
 
 def test_copies_of_a_student_see_their_own_gamma(tmp_path):
-    """Note 10: a hook left behind on the original would make a copy deaf to γ without any error."""
+    """Each sample its own. Note 10: a hook left behind on the original would make a copy deaf to γ without an error."""
     x, t = points(4), torch.tensor([99, 399, 699, 999])
     teacher, student, loaded = network(), student_of(network()), student_of(network(1))
 
-    def at(student, gamma):  # where x, t and the point do not depend on γ
-        return student(x, t, torch.full((4,), gamma), SubPathPoint(x, *SD.at(t, 2)))
+    def at(student, *gamma):  # where x, t and the point do not depend on γ
+        return student(x, t, torch.tensor(gamma).expand(4), SubPathPoint(x, *SD.at(t, 2)))
 
     torch.save(student.state_dict(), tmp_path / "student.pt")
     loaded.load_state_dict(torch.load(tmp_path / "student.pt"))
     copied, expected = copy.deepcopy(student), at(student, 0.3)
     student.network.time_embedding.projection.weight.data.zero_()
     plain = ConsistencyFunction(teacher, SD, "epsilon")(x, t)
-    assert torch.equal(at(student, 0.3), plain)
+    assert torch.equal(at(student, 0.3), plain) and not torch.equal(expected, plain)
     for other in (copied, loaded):
-        assert torch.equal(at(other, 0.3), expected)
-        assert not torch.equal(at(other, 0.6), expected) and not torch.equal(expected, plain)
+        assert torch.equal(at(other, 0.3), expected) and not torch.equal(at(other, 0.6), expected)
+        close(at(other, 0.3, 1.0, 0.6, 0.3), torch.stack([expected[0], plain[1], at(other, 0.6)[2], expected[3]]))
         assert torch.equal(at(other, 1.0), plain) and torch.equal(other(x, t), plain)
 
 

@@ -194,6 +194,8 @@ def test_a_lora_remembers_its_resolution_and_a_dataset_leaves_the_model_alone(fo
     model, student = load(teacher), load(str(out))
     student.dataset(argparse.Namespace(data=str(captions), resolution=8, min_image_size=0, max_pwatermark=1.0))
     assert (model.resolution, student.resolution, student.shape) == (16, 32, (4, 16, 16))
+    model.resize(24)
+    assert (model.resolution, model.shape) == (24, (4, 12, 12))
     assert sample.sample(student, [0], 1).shape == (1, 3, 32, 32)
 
 

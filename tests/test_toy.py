@@ -53,8 +53,7 @@ def test_samples_have_the_moments_of_the_mixture(name):
         (squares, torch.eye(2)),
         (noise[:, :, None] * shares[:, None], 0),
     ):
-        error = values.std(0) / math.sqrt(n)  # as far as n samples can tell
-        assert ((values.mean(0) - expected).abs() < 5 * error).all()
+        assert ((values.mean(0) - expected).abs() < 5 * values.std(0) / math.sqrt(n)).all()  # 5 standard errors
 
 
 @pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if DISTRIBUTIONS[name].num_classes])
@@ -80,13 +79,12 @@ def test_class_probabilities_are_bayes():
 
 
 @pytest.mark.parametrize("label, w", [(None, 0.0), (1, 0.0), (1, 2.0)])
-def test_the_endpoint_is_where_many_ddim_steps_arrive(label, w):
-    """diffusers' DDIM in 1000 steps."""
+def test_the_endpoint_is_where_1000_ddim_steps_of_diffusers_arrive(label, w):
     mixture = DISTRIBUTIONS["clouds"]
     ddim = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     ddim.set_timesteps(1000)
     noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    label = None if label is None else torch.full((200,), label)
+    label = label if label is None else torch.full((200,), label)
     x, alpha, sigma = noise, ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
     for t in ddim.timesteps:
         x = ddim.step(mixture.eps(x, alpha[t].view(1, 1), sigma[t].view(1, 1), label, w), t, x).prev_sample
@@ -110,7 +108,6 @@ def test_network_takes_one_time_or_one_each_and_times_in_between():
 
 
 def ideal(name, x, t):
-    """The mixture's own denoiser."""
     alpha, sigma = SCHEDULE.at(t, 2)
     return to_x0_eps(DISTRIBUTIONS[name].eps(x, alpha, sigma), x, alpha, sigma, "epsilon")
 
@@ -122,8 +119,7 @@ def test_the_sub_path_that_is_shown_is_bent_and_its_line_a_chord_in_z(name, k):
     path = plots.sub_path(partial(ideal, name), SCHEDULE, noise, k)
     x, alpha = path.x[:, path.which].double(), path.alpha.double()
     assert path.end - path.begin == k and torch.equal(path.x[0], noise)
-    end = DISTRIBUTIONS[name].endpoint(x[:1], *SCHEDULE.at(torch.tensor([999]), 2))  # by scipy
-    assert (x[-1] - end[0]).norm() < 0.1
+    assert (x[-1] - DISTRIBUTIONS[name].endpoint(x[:1], *SCHEDULE.at(torch.tensor([999]), 2))).norm() < 0.1  # by scipy
     ends = torch.stack([alpha[path.begin] / alpha[path.end] * x[path.end], x[path.begin]])  # r x_s and x_t
     torch.testing.assert_close(path.line[[0, -1]].double(), ends, rtol=1e-5, atol=1e-5)
     # Somewhere the curve leaves its chord, but it does not fold back on it.

@@ -140,8 +140,8 @@ def test_processes_that_would_not_cooperate_are_refused(flags, tmp_path, call, m
 
 
 def unchanged(folder: Path) -> dict[Path, bytes]:
-    """What lies in the folder, to be compared with what lies there later; without the mark of the last command."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != training.MARK}
+    """What lies in the folder, to be compared with what lies there later."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_that_an_earlier_run_wrote_is_lost(flags, tmp_path, call):

@@ -1,4 +1,12 @@
-"""Plots of the 2-D toy and of the experiments. Each function returns a PIL image, made to be read 830 pixels wide."""
+"""Plots of the 2-D toy and of the experiments. Each function returns a PIL image, made to be read 830 pixels wide.
+
+    overview   batches of points; below them the PF-ODE with a sub-path and its line, which `sub_path` finds
+    curves     measured numbers over time, k or γ, with their spread
+    dots       measured numbers by name, with their spread
+    below      several of these as one picture
+
+All have the same width, so that they can stand one below the other.
+"""
 
 import io
 import math
@@ -33,7 +41,7 @@ def _rendered(figure: plt.Figure) -> Image.Image:
 
 
 def _panels(figure, n: int, most: int) -> list[plt.Axes]:
-    """n axes in as few rows as `most` in a row allow, and these of equal length."""
+    """n axes of a figure or of a part of one, in as few rows as `most` in a row allow, and these of equal length."""
     rows = math.ceil(n / most)
     axes = figure.subplots(rows, math.ceil(n / rows), squeeze=False).flat
     for unused in axes[n:]:
@@ -83,6 +91,7 @@ def sub_path(denoise: Denoiser, schedule: Schedule, noise: Tensor, k: int) -> Su
     gap = (1 - alpha[begins] / alpha[begins + k]) * x[begins + k].norm(dim=2)
     best = torch.where((height < 0.4 * length) & (gap > 0.25 * length), height, 0).argmax()
     begin, which = int(begins[best // len(noise)]), int(best % len(noise))
+    # Eq. 12 with both ends on the PF-ODE itself: the picture shows the line, without a solver's error.
     t = torch.full((len(GAMMAS),), last - begin)
     ends = x[begin, which].expand(len(t), 2), x[begin + k, which].expand(len(t), 2)
     line = sub_path_point(*ends, t, t - k, GAMMAS, schedule, "sl", "linear").x
@@ -98,7 +107,7 @@ def overview(panels: dict[str, Tensor], path: SubPath | None = None) -> Image.Im
     split = [title.rsplit(", ", 1) for title in panels]
     titles = ["\n".join(textwrap.fill(part, 110 // columns) for part in parts) for parts in split]
     lines = 1 + max(title.count("\n") for title in titles)
-    heights = [rows * (min(WIDTH / columns, 2.8) + 0.15 + 0.18 * lines), 3.15 if path else 0]
+    heights = [rows * (min(WIDTH / columns, 2.8) + 0.25 + 0.18 * lines), 3.15 if path else 0]
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     above, *below = figure.subfigures(2 if path else 1, squeeze=False, height_ratios=heights[: 2 if path else 1]).flat
     for axis, title, points in zip(_panels(above, len(panels), 6), titles, panels.values(), strict=True):
@@ -115,6 +124,7 @@ def _pf_ode(figure, path: SubPath) -> None:
     whole, in_x, in_z = figure.subplots(1, 3)
     _close_up(in_x, path, "x")
     _close_up(in_z, path, "z")
+    # Every second trajectory is enough; the one with the sub-path lies over them. The frame is what the close-up shows.
     whole.plot(*path.x[:, ::2].movedim(2, 0), color="C3", lw=0.8)
     whole.plot(*path.x[-1, ::2].T, "C3o", ms=3)
     whole.plot(*path.x[:, path.which].T, color="C0", lw=1.2)
@@ -175,6 +185,7 @@ class Panel(NamedTuple):
 
 def curves(*panels: Panel) -> Image.Image:
     """The panels, at most three in a row. A name has one style in all of them, and below them is one legend."""
+    # A style belongs to the place of a name among all of them: 10 colours, 7 markers, 4 kinds of line, so 140 styles.
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     columns = max(1, min(4, 120 // (8 + max(map(len, names)))))  # of the legend: as many names as fit
     height = 3 * math.ceil(len(panels) / 3) + 0.18 * math.ceil(len(names) / columns)
