@@ -9,12 +9,13 @@ RUN := .venv/bin/python
 .PHONY: toy test lint page
 
 toy: .venv/ready
-	$(RUN) distill.py
+	$(RUN) distill.py --resume_from_checkpoint latest
 
 test: lint
 	$(RUN) -m pytest
 
 page: .venv/ready
+	$(RUN) -m pip install --quiet pypandoc_binary
 	$(RUN) -m docs.page --files $(FILES)
 
 lint: .venv/ready

@@ -331,7 +331,8 @@ def finish(
         seeds = range(preview(teacher)[0])
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
         samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
-    overview(teacher, samples, args.k).save(folder / "overview.png")
+    shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(STEPS[1]))}  # the ends say enough
+    overview(teacher, shown, args.k).save(folder / "overview.png")
     print(f"{folder}/overview.png  {record}")
 
 

@@ -400,7 +400,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 def machine() -> str:
     """What the numbers were measured on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

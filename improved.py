@@ -21,7 +21,8 @@ def time_at(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
     Between integer times it is linear in log ρ, which runs more evenly with time than ρ itself (0.03 to 15 with Stable
     Diffusion's schedule), so that the interpolation is accurate everywhere.
     """
-    table = (schedule.sigma / schedule.alpha.clamp_min(1e-20)).log().to(alpha.device)  # α may be 0 at the last time
+    signal, noise = schedule.at(torch.arange(len(schedule), device=alpha.device), 1)
+    table = (noise / signal.clamp_min(1e-20)).log()  # α may be 0 at the last time
     log_ratio = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
     after = torch.searchsorted(table, log_ratio).clamp(1, len(schedule) - 1)
     before = after - 1
@@ -45,14 +46,14 @@ class ToldTheTime(ConsistencyFunction):
         return x * scale, time_at(self.schedule, alpha, sigma), alpha * scale, sigma * scale
 
 
-def half_at_one(*arguments) -> Draws:
+def half_at_one(x0: Tensor, num_train_timesteps: int, num_ddim_timesteps: int, generator: torch.Generator) -> Draws:
     """splam.draw with half of the γ at 1.
 
     Why it helps: sampling happens at γ = 1, and uniform draws come near it rarely. It is also where the student is
     asked farthest from its target. What it costs: the easy tasks near γ = 0, which prepare the hard ones, come half as
     often.
     """
-    draws = draw(*arguments)
+    draws = draw(x0, num_train_timesteps, num_ddim_timesteps, generator)
     return draws._replace(gamma=(2 * draws.gamma).clamp_max(1))
 
 

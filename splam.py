@@ -262,7 +262,7 @@ class ConsistencyFunction(nn.Module):
         if gamma is None:
             gamma, point = torch.ones_like(t, dtype=torch.float32), SubPathPoint(x, *self.schedule.at(t, x.ndim))
         x_in, t_in, alpha, sigma = self.tell(gamma, x, t, point.alpha, point.sigma)
-        output = self.network(x_in, t_in, **cond).sample.float()  # float32 from here on, as x̂_0 needs it
+        output = self.network(x_in, t_in, **cond).sample.float()  # autocast may have left it in half precision
         x0, _ = to_x0_eps(output, x_in, alpha, sigma, self.prediction_type)  # f_θ(x_γ, γ), Eq. 14
         c_skip, c_out = boundary(t, x.ndim)
         return c_skip * x + c_out * x0  # Eq. 16
@@ -311,7 +311,7 @@ class GammaTimeEmbedding(nn.Module):
 
 
 class SubPathStudent(ConsistencyFunction):
-    """The student in training, told γ by the embedding above."""
+    """The student in training, told γ by the embedding above, which it puts into the network that it is given."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: str):
         super().__init__(network, schedule, prediction_type)
@@ -368,8 +368,9 @@ class Draws(NamedTuple):
 def draw(x0: Tensor, num_train_timesteps: int, num_ddim_timesteps: int, generator: torch.Generator) -> Draws:
     """n, γ ~ U[0, 1] and ε of Algorithm 1 for the batch x_0 (B, ...), on its device.
 
-    n names the start of a sub-path on the grid N-1, N-1-N/50, ..., whose length `num_ddim_timesteps` is 50. Few-step
-    sampling takes its times from the same grid, so it never asks the student at a time where it was not trained.
+    n names the start of a sub-path on the grid N-1, N-1-N/50, ..., whose length `num_ddim_timesteps` is 50, or another
+    divisor of N. Few-step sampling takes its times from the same grid, so it never asks the student at a time where it
+    was not trained.
 
     The generator is a CPU's, since the numbers of a GPU's differ from it and from those of other GPUs.
     """

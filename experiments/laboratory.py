@@ -284,11 +284,8 @@ def perform(experiment: Experiment, args: argparse.Namespace, others: list[str])
         table.append({"student": name, "steps": rows[name][0][-1]["step"], **cells})
     print_rows(table)
     experiment.picture(found).save(f"{args.out}.png")
-    record = {
-        "command": f"python -m experiments {shlex.join(sys.argv[1:])}",
-        **origin,
-        "minutes": sum(result["minutes"] for result in results),
-    }
+    minutes = sum(result["minutes"] for result in results)
+    record = {"command": f"python -m experiments {shlex.join(sys.argv[1:])}", **origin, "minutes": minutes}
     record |= {"flags": vars(args), "students": {name: experiment.variants[name].flags for name in rows}}
     record |= {"references": results[0]["references"], "summary": found.summary(), "rows": rows}
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1))

@@ -5,13 +5,13 @@
     fig2c              the error between neighbours of the PF-ODE, and to its end, by time
     fig3               what the guidance scale w buys and costs
     tab3               LCM, DL and SL; also with what this project adds
-    appb               the linear and the Markov σ: how far apart, which is right, what it changes
+    appb               the linear and the Markov σ: which is right, what it changes
 
     decides-width      whether SPLAM or LCM is ahead, by one change at a time: the network's width,
     decides-grid       times where sub-paths start and end,
     decides-data       the data,
     decides-teacher    the teacher,
-    decides-recipe     the average, the distribution of γ, the embedding
+    decides-recipe     the average, the distribution of γ
     decides-solver     what makes either better: the solver,
     decides-metric     the metric,
     decides-rate       the learning rate
