@@ -174,8 +174,9 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")
         if args.sigma == "markov":
             log.warning("--sigma markov and --improved time tell the network a wrong time: expect a poor student")
-    few = re.search("turbo|lightning|hyper|lcm|schnell", teacher.name, re.IGNORECASE)
-    if few or teacher.scheduler.config.get("timestep_spacing") == "trailing":
+    few = re.search("turbo|lightning|hyper-|lcm", Path(teacher.name).name, re.IGNORECASE)
+    config = teacher.scheduler.config  # a teacher with zero terminal SNR has "trailing" for a reason of its own
+    if few or (config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")):
         log.warning("%s looks like a model of few steps: there is no PF-ODE left to distil in it", teacher.name)
     teacher.labels(read_prompts(args.prompts))  # refuses prompts that the model has no meaning for
     refuse(args.num_eval_samples == 1, "--num_eval_samples must be 0, or 2 or more")

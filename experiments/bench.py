@@ -1,6 +1,6 @@
 """python -m experiments.bench [flags of distill.py]
 
-How fast is a training step, where does its time go, and how long does a sample take?
+How long does a training step take, and how long a sample?
 
 The yardstick is a cost model. A step is made of forward passes of the network, of which a backward pass is worth two,
 and a forward pass can be timed by itself. What the step takes beyond its passes is overhead: data, optimizer, Python.
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,51 +56,25 @@ def seconds(call: Callable, times: int) -> float:
     return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).timeit(times).mean
 
 
-def watch(owner: object, method: str, part: str, parts: Counter) -> None:
-    """From now on, counts in `parts[part]` the seconds that this method takes."""
-    original = getattr(owner, method)  # bound to its owner; the attribute set below hides it there and nowhere else
-
-    def timed(*args, **kwargs):
-        begin = now()
-        result = original(*args, **kwargs)
-        parts[part] += now() - begin
-        return result
-
-    setattr(owner, method, timed)
-
-
-def time_steps(distillation: distill.Distillation) -> tuple[Tensor, Counter]:
-    """The seconds of TIMED steps as they are, (TIMED,); and those of the parts of as many again, since each look at a
-    GPU's clock makes it wait. What is left over there is data, random numbers, EMA and the log."""
-    run, steps, ends, parts = distillation.run, distillation.steps(), [now()], Counter()
-    for i in range(WARM_UP + 2 * TIMED):
-        if i == WARM_UP + TIMED:
-            watch(distillation.teacher, "prepare", "VAE and text", parts)
-            watch(distillation.teacher, "predict", "teacher", parts)
-            watch(distillation.target, "forward", "target", parts)
-            watch(run.model, "forward", "student", parts)
-            watch(run.accelerator, "backward", "student", parts)
-            watch(run.accelerator, "clip_grad_norm_", "optimizer", parts)
-            watch(run.optimizer, "step", "optimizer", parts)
-        run.log(*next(steps))  # as distill.py does it; to read the loss is to wait for the step's end
+def time_steps(distillation: distill.Distillation) -> Tensor:
+    """The seconds of TIMED steps after the warm-up, (TIMED,)."""
+    steps, ends = distillation.steps(), [now()]
+    for _ in range(WARM_UP + TIMED):
+        distillation.run.log(*next(steps))  # as distill.py does it; to read the loss is to wait for the step's end
         ends.append(now())
-    taken = torch.tensor(ends, dtype=torch.float64).diff()[WARM_UP:]
-    parts["data, EMA and others"] = taken[TIMED:].sum().item() - parts.total()
-    return taken[:TIMED], parts
+    return torch.tensor(ends, dtype=torch.float64).diff()[WARM_UP:]
 
 
 def report(distillation: distill.Distillation) -> None:
-    """Prints it all: the step, its parts, the cost model, and samples."""
+    """Prints it all: the step, the cost model, and samples."""
     args, teacher, n = distillation.args, distillation.teacher, distillation.args.train_batch_size
     labels, x = teacher.labels([]), torch.randn(n, *teacher.shape, device=teacher.device)
     t, cond = torch.full((n,), 999, device=x.device), teacher.condition([labels[i % len(labels)] for i in range(n)])
     with training.autocast(teacher.device, args.mixed_precision):
         forward = seconds(partial(teacher.predict, x, t, cond), TIMED)  # one pass, without guidance
-    taken, parts = time_steps(distillation)
+    taken = time_steps(distillation)
     size, whole = n * args.gradient_accumulation_steps * training.process().num_processes, taken.mean().item()
     print(f"{size / whole:.4g} samples/s, {whole:.4g} ± {taken.std():.2g} s a step of {size}")
-    for part, total in parts.items():
-        print(f"  {part:22} {total / TIMED:8.4f} s  {100 * total / parts.total():3.0f} %")
     passes = forward_passes(args)
     model = passes * forward * args.gradient_accumulation_steps  # what the passes alone would take
     print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
@@ -120,7 +93,7 @@ def main() -> None:
     """Times a run that leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
         args, teacher = distill.configure(["--output_dir", folder, *sys.argv[1:]])
-        args.max_train_steps, args.lr_warmup_steps = WARM_UP + 2 * TIMED, 0
+        args.max_train_steps, args.lr_warmup_steps = WARM_UP + TIMED, 0
         report(distill.Distillation(args, teacher))
 
 

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from conftest import save, unet
+from diffusers import StableDiffusionPipeline
 from test_stable_diffusion import pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
@@ -45,6 +46,11 @@ class CopyToGpu(TorchFunctionMode):
             return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
 
 
+def encoded(pipeline, texts, device, *_):
+    shape = len(texts), pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
+    return torch.empty(shape, device=device), None
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     """on_gpu(thing) -> its copy on a fake GPU. All that a test computes is fake."""
@@ -52,6 +58,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(GaussianMixture, "num_classes", 2)  # which it computes from values
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encoded)  # which looks at the tokens' values
     monkeypatch.setattr(Schedule, "__deepcopy__", lambda schedule, memo: schedule, raising=False)  # stays on the CPU
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -327,9 +327,6 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
         (evaluate, [*of_points, "--split", "val"], "train and test, not val"),
         (evaluate, [*of_points, "--timesteps", 999, "--steps", 1], "leave --steps out"),
         (evaluate, [*of_points, "--timesteps", 500], "--timesteps must be"),
-        (evaluate, ["error", t, save(tmp_path / "s", unet(size=16)), "--data", images], "makes images of 16 pixels"),
-        # Of an output that cannot be written, before the model or the data that are missing here.
-        (evaluate, ["error", tmp_path / "missing", "--out", tmp_path / "e.jpg"], "ends in .png"),
         (features, ["--data", t, "--out", tmp_path / "f.safetensors"], "no images"),
     ):
         status, _, err = call(program.main, *arguments)

