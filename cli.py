@@ -53,7 +53,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         except BadInput as error:
             _end(str(error), 2, error)
         except OSError as error:
-            _end(str(error), 1, error)
+            _end(f"{error} (SPLAM_TRACEBACK=1 shows where)", 1, error)
         except (RuntimeError, MemoryError) as error:
             # A GPU's error has a class of its own. A CPU's has only its words.
             full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -4,7 +4,7 @@
     python distill.py --pretrained_teacher_model runs/cifar10-teacher --data data/cifar10
     accelerate launch distill.py --preset sd15 --data 'laion/{00000..00999}.tar'
 
-Read `Distillation.steps` first: it is the training loop, from top to bottom, with the lines of Algorithm 1 beside it.
+In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
 What it calls stands in splam.py.
 
 What the run leaves in --output_dir: the student as a pipeline folder that diffusers loads, overview.png (the teacher
@@ -25,7 +25,6 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import Dataset
 
 import improved
 import splam
@@ -91,7 +90,7 @@ def parser() -> Parser:
     # The longer the sub-paths, the fewer there are between noise and data, and each inherits through its target the
     # errors of all that lie between it and the data. Solved in five steps, those of k = 100 are accurate enough.
     flag("--k", type=positive, default=100, help="length of a sub-path in time steps; paper: 100, or 20")
-    flag("--solver_step", type=positive, help="k_φ of multiple estimation, Eq. 18; paper: 20, which is the default")
+    flag("--solver_step", type=positive, help="k_φ of Eq. 18 (default: 20, or k with second_order); paper: 20")
     # LCM's grid. Its spacing of 20 divides k = 100, so that sub-paths end at times where others start (or at 0).
     flag("--num_ddim_timesteps", type=positive, default=50, help="times where sub-paths start; paper: 50")
     w_help = "w in ε + w (ε - ε_∅): w = 8 is guidance_scale 9; paper: 3, or 8"
@@ -191,7 +190,7 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
 #       1  draw (x_0, c) from the data, n, γ ~ U[0, 1], ε ~ N(0, I)       run.batches, splam.draw
 #       2  encode x_0, if there is a VAE, and c                           teacher.prepare
 #       3  x_t = α_t x_0 + σ_t ε, the start of the sub-path               splam.splad_loss, Eq. 1
-#       4  x̂_s, its end, by m guided steps of the teacher's solver        splam.multiple_estimation, Eq. 18
+#       4  x̂_s, its end, by m guided steps of the teacher's solver        splam.multiple_estimation, teacher.predict
 #       5  x_γ on the line between them, and its noise σ_γ                splam.sub_path_point, Eq. 12
 #       6  L = d( F_θ(x_γ, c, γ), F_θ⁻(x̂_s, c, 1) )                       splam.splad_loss, Eq. 16 and 17
 #       7  θ <- θ - η ∇_θ L                                               accelerator.backward, optimizer.step
@@ -210,9 +209,7 @@ class Distillation:
     student   the student in training, made like splam.SubPathStudent
     """
 
-    def __init__(
-        self, args: argparse.Namespace, teacher: DiffusionModel, dataset: Dataset | None = None, **parts: Callable
-    ):
+    def __init__(self, args: argparse.Namespace, teacher: DiffusionModel, **parts: Callable):
         self.args, self.teacher = args, teacher
         self.parts = {"draw": splam.draw, "solver": splam.multiple_estimation, "student": SubPathStudent}
         for name in args.improved:
@@ -231,7 +228,7 @@ class Distillation:
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
         # The teacher is never trained. So its weights may be kept in the precision in which it computes.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
-        self.run = training.Run(args, student, dataset or teacher.dataset(args), self.target)
+        self.run = training.Run(args, student, teacher.dataset(args), self.target)
         # Compiled in place, so that names of weights and the modules around them stay what they are.
         if args.torch_compile:
             for module in (network, self.target.network, teacher.network):
@@ -332,7 +329,7 @@ def finish(
         seeds = range(preview(teacher)[0])
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
         samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
-    shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(STEPS[1]))}  # the ends say enough
+    shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row
     overview(teacher, shown, args.k).save(folder / "overview.png")
     print(f"{folder}/overview.png  {record}")
 

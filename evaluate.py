@@ -1,6 +1,6 @@
 """How good is a student?
 
-    python evaluate.py table STUDENT ...     distances to data and teacher, prompts that were understood
+    python evaluate.py STUDENT ...     distances to data and teacher, prompts that were understood
 
 Points are measured by their exact Wasserstein distance to the data, images by the Fréchet distance of a network's
 features (FID, if the network is Inception), and images with prompts also by how well the two agree. Where a PF-ODE
@@ -450,7 +450,6 @@ def parser() -> cli.Parser:
     """The flags of evaluate.py."""
     p = cli.Parser(prog="evaluate.py", description="Compare students with their teacher.")
     flag = p.add_argument
-    flag("program", choices=["table"], help="what to make")
     flag("students", nargs="+", help="pipeline folders or hub ids; the first gets the results, or runs/")
     flag("--steps", type=cli.positive, nargs="+", help="of the students (default and paper: 1 2 4)")
     # With many steps the teacher costs most of the time, and may be known already. So it can be left out.

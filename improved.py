@@ -72,7 +72,7 @@ def second_order(
     way in λ, the teacher is asked there, and a second DDIM step goes the whole way with that x_0.
     """
 
-    def log_ratio(time: Tensor) -> Tensor:
+    def lam(time: Tensor) -> Tensor:
         alpha, sigma = schedule.at(time, x.ndim)
         return (alpha.clamp_min(1e-20) / sigma).log()  # λ; α may be 0 at the last time
 
@@ -87,9 +87,10 @@ def second_order(
         alpha_m, sigma_m = schedule.at(middle, x.ndim)
         x0_m, _ = denoise(alpha_m * x0 + sigma_m * eps, middle)
         # A line through both values of x_0 is read at the true middle.
-        begin, end = log_ratio(t), log_ratio(t_next)
-        x0 = x0 + (x0_m - x0) * (end - begin) / (2 * (log_ratio(middle) - begin))
-        # DDIM with that x_0, and the ε that belongs to it at the step's start. What has arrived at s stays there.
+        begin, end = lam(t), lam(t_next)
+        x0 = x0 + (x0_m - x0) * (end - begin) / (2 * (lam(middle) - begin))
+        # DDIM with that x_0, and the ε that belongs to it at the step's start. What has arrived at s stays there, where
+        # the line above is 0/0.
         moved = alpha * x0 + sigma * (x - alpha_t * x0) / sigma_t
         x, t = torch.where((t_next < t).view(alpha.shape), moved, x), t_next
     return x

@@ -5,9 +5,9 @@
 found beyond the paper stands in improved.py.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
-    2  The line that replaces a sub-path    Eq. 12-14, 20-28    sub_path_point
+    2  The line that replaces a sub-path    Eq. 9-14, 20-28     sub_path_point
     3  The student                          Eq. 5, 14, 16       boundary, ConsistencyFunction, SubPathStudent
-    4  Algorithm 1                          Eq. 4-11, 15, 17    distance, draw, splad_loss, ema_update
+    4  Algorithm 1                          Eq. 4-7, 15, 17     distance, draw, splad_loss, ema_update
     5  Sampling in a few steps              Eq. 19              few_step_times, few_step_sample
 
 Notation
@@ -27,7 +27,8 @@ Notation
 
 Shapes: x is (B, ...): points (B, 2), or pixels or latents (B, C, H, W). t, s and γ are (B,). All that comes from the
 noise schedule is computed in float32, whatever precision the networks compute in. Half precision keeps two or three
-digits of α and σ, and x̂_0 = (x - σ ε)/α multiplies such an error by σ/α, which is 15 at t = 999.
+digits of α and σ, and x̂_0 = (x - σ ε)/α multiplies such an error by σ/α, which is 15 at t = 999 of Stable Diffusion's
+schedule.
 """
 
 import math
@@ -69,17 +70,13 @@ class Schedule:
     def __init__(self, alphas_cumprod: Tensor):
         self.alpha = alphas_cumprod.double().sqrt().float()
         self.sigma = (1 - alphas_cumprod.double()).sqrt().float()
-        self._copies = {self.alpha.device: (self.alpha, self.sigma)}  # by device: a GPU's copy is made once
 
     def __len__(self) -> int:
         return len(self.alpha)
 
     def at(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """(α_t, σ_t) for integer times t (B,), each shaped (B, 1, ...) so that it multiplies an x of `ndim` dims."""
-        if t.device not in self._copies:
-            self._copies[t.device] = (self.alpha.to(t.device), self.sigma.to(t.device))
-        alpha, sigma = self._copies[t.device]
-        return per_sample(alpha[t], ndim), per_sample(sigma[t], ndim)
+        return per_sample(self.alpha.to(t.device)[t], ndim), per_sample(self.sigma.to(t.device)[t], ndim)
 
 
 def per_sample(values: Tensor, ndim: int) -> Tensor:
@@ -90,9 +87,8 @@ def per_sample(values: Tensor, ndim: int) -> Tensor:
 def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """The denoiser of Eq. 8, x̂_0 = (x - σ ε) / α, for what a network may output: -> (x_0, ε), with x = α x_0 + σ ε.
 
-    `prediction_type` is named as in diffusers: "epsilon" outputs ε, "v_prediction" v = α ε - σ x_0. A point inside a
-    sub-path has the signal α_t and less noise than σ_t (section 2), so α² + σ² < 1; v is inverted without taking that
-    sum for 1.
+    `prediction_type` is named as in diffusers: "epsilon" outputs ε, "v_prediction" v = α ε - σ x_0. Inside a sub-path
+    α² + σ² is smaller than 1 (section 2); v is inverted without taking that sum for 1.
     """
     _check("prediction_type", prediction_type, ("epsilon", "v_prediction"))
     if prediction_type == "epsilon":
@@ -143,11 +139,11 @@ def multiple_estimation(
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  The line that replaces a sub-path (Section 4.2.1, appendices B and C)
 #
-# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. LCM asks the student at x_t only, a whole sub-path
-# away from its target. SPLAM asks it at all points of a straight line between the ends, x_γ = (1-γ) r x_s + γ x_t
-# (Eq. 12). Eq. 9 to 11 say why. They split the error of consistency training, d(f(x_t), f(x_s)), into two terms: the
-# difference of the points, x_t - r x_s, and a difference of noise estimates. At x_γ the first is only γ (x_t - r x_s).
-# So the task grows from an easy one at γ = 0 to LCM's at γ = 1.
+# A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. LCM, the latent consistency model that SPLAM builds
+# on, asks the student at x_t only, a whole sub-path away from its target. SPLAM asks it at all points of a straight
+# line between the ends, x_γ = (1-γ) r x_s + γ x_t (Eq. 12). Eq. 9 to 11 say why. They split the error of consistency
+# training, d(f(x_t), f(x_s)), into two terms: the difference of the points, x_t - r x_s, and a difference of noise
+# estimates. At x_γ the first is only γ (x_t - r x_s). So the task grows from an easy one at γ = 0 to LCM's at γ = 1.
 #
 # Why the end is multiplied by r = α_t / α_s. x_t holds the signal α_t x_0 and x_s holds α_s x_0, which is more. r x_s
 # holds α_t x_0 as well, so every point between r x_s and x_t has the same signal and only the noise varies (Eq. 14).
@@ -209,7 +205,7 @@ def sub_path_point(
         x = (1 - g) * x_s + g * x_t  # Eq. 26
         alpha = (1 - g) * alpha_s + g * alpha_t  # Eq. 27
         if sigma_form == "linear":
-            sigma = (1 - g) * sigma_s + g * sigma_t
+            sigma = (1 - g) * sigma_s + g * sigma_t  # the linear form in Eq. 28's text
         else:
             sigma = (((1 - g) + g * r) ** 2 * sigma_s**2 + g**2 * fresh).sqrt()  # Eq. 28
     return SubPathPoint(x, alpha, sigma)
@@ -221,8 +217,8 @@ def sub_path_point(
 # The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, so a
 # network that believes t estimates the noise wrongly. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is
 # 15 at t = 999. So the network must be told where on the sub-path it is: an embedding of γ is added to the network's
-# own embedding of t, and the network learns what it means. The embedding is zero at γ = 1. So there the student is
-# exactly the teacher before training; and after training, when γ is always 1, the embedding's weights are dropped.
+# own embedding of t, and the network learns what it means. The embedding is zero at γ = 1. So there the network is
+# exactly the teacher's before training; and after training, when γ is always 1, the embedding's weights are dropped.
 # ---------------------------------------------------------------------------------------------------------------------
 
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5  # LCM's values, which its scheduler in diffusers has too
@@ -347,14 +343,14 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     "huber" the mean of √(Δ² + c²) - c.
 
     Pseudo-Huber is quadratic below c and linear above, so that a few large errors do not dominate the gradient. It is
-    taken by element, as in LCM's and SPLAM's code, where it is nearly L1. (iCT, which the paper cites, takes it of the
-    norm of a whole sample.)
+    taken by element, as in LCM's and SPLAM's code, where it is nearly L1. (The work that the paper cites takes it of a
+    whole sample's norm: docs/equations.md, note 15.)
     """
     _check("metric", metric, METRICS)
-    squared = (a.float() - b.float()).square()
-    if metric == "huber":
-        squared = (squared + HUBER_C**2).sqrt() - HUBER_C
-    return squared.flatten(1).mean(1)
+    difference = (a.float() - b.float()).flatten(1)
+    if metric == "l2":
+        return difference.square().mean(1)
+    return ((difference.square() + HUBER_C**2).sqrt() - HUBER_C).mean(1)
 
 
 class Draws(NamedTuple):
@@ -403,10 +399,12 @@ def splad_loss(
     student, target   F_θ and F_θ⁻, called like ConsistencyFunction
     denoise           the frozen teacher, told condition and guidance: (x, t) -> (x_0, ε)
     x0, cond          clean samples or latents (B, ...), and the networks' keyword arguments
+    k, solver_step    length of a sub-path and k_φ, that of a solver step, in time steps
+    metric            d, a name that `distance` knows
     ode               "sl" (the paper), "dl" (its appendix C), or "lcm": γ = 1 always, which is Eq. 7
+    sigma_form        "linear" or "markov", as `sub_path_point` has it
     solver            what takes x_t to x_s
     """
-    _check("ode", ode, ODES)
     t, gamma, noise = draws
     s = (t - k).clamp_min(0)
     alpha_t, sigma_t = schedule.at(t, x0.ndim)
@@ -418,9 +416,7 @@ def splad_loss(
         gamma, ode = torch.ones_like(gamma), "sl"  # at γ = 1 both lines are x_t
     point = sub_path_point(x_t, x_s, t, s, gamma, schedule, ode, sigma_form)  # Eq. 12, or 26
     d = distance(student(point.x, t, gamma, point, **cond), landing, metric)  # Eq. 17, one number for each sample
-    # Consistency models weight d by a λ(t), and the paper omits a factor of Eq. 9 "due to its negligible effect". Such
-    # a weight would multiply d here.
-    return d.mean()
+    return d.mean()  # a weight λ(t), as other consistency models have, would multiply d first
 
 
 @torch.no_grad()

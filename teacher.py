@@ -29,12 +29,13 @@ import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset
 
 import data
 import training
 from cli import BadInput, Parser, positive, program, read_json, recipes, refuse, share
-from splam import Schedule, distance, draw, ema_update, guided, to_x0_eps
+from splam import Schedule, ema_update, guided, per_sample, to_x0_eps
 
 log = logging.getLogger("teacher")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
@@ -630,20 +631,20 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
     average = copy.deepcopy(network).eval().requires_grad_(False)
     run = training.Run(args, network, dataset, average)
     model.to(run.accelerator.device)
-    accelerator, student, schedule = run.accelerator, run.model, model.schedule
+    accelerator, trained, schedule = run.accelerator, run.model, model.schedule
     for step, (x, label), generator in run.batches():
-        with accelerator.accumulate(student):
+        with accelerator.accumulate(trained):
             with accelerator.autocast():
                 x0, cond = model.prepare(x, label)
-                # Every time step is a possible start here: N starts on a grid of N times. There is no sub-path to place
-                # a γ on, so this uniform number becomes the coin that decides who is told no label.
-                t, coin, noise = draw(x0, len(schedule), len(schedule), generator)
+                t = torch.randint(len(schedule), (len(x0),), generator=generator).to(x0.device)
+                coin = torch.rand(len(x0), generator=generator).to(x0.device)
+                noise = torch.randn(x0.shape, generator=generator).to(x0.device)
                 if model.conditional:  # a tenth learns the unconditional ε, which guidance needs
                     cond = _drop(cond, model.null_condition(len(x0)), coin < 0.1)
                 alpha, sigma = schedule.at(t, x0.ndim)
-                output = student(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
+                output = trained(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
             wanted = noise if model.prediction_type == "epsilon" else alpha * noise - sigma * x0
-            loss = distance(output, wanted, "l2").mean()
+            loss = mse_loss(output.float(), wanted)
             accelerator.backward(loss)
             run.clip_gradients()
             run.optimizer.step()
@@ -651,7 +652,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
         if accelerator.sync_gradients:
             run.lr_scheduler.step()
             # An average over 1,000 steps would remember the random start for long, so it begins with a short one.
-            ema_update(average, accelerator.unwrap_model(student), min(args.ema_decay, step / (step + 10)))
+            ema_update(average, accelerator.unwrap_model(trained), min(args.ema_decay, step / (step + 10)))
             run.log(step, loss)
             run.checkpoint(step)
     model.network.load_state_dict(average.state_dict())
@@ -662,8 +663,7 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
 
 def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
     """The condition, and the null condition where `dropped` (B,) says so."""
-    where = {key: dropped.view(-1, *[1] * (value.ndim - 1)) for key, value in cond.items()}  # (B, 1, ...), as its value
-    return {key: torch.where(where[key], null[key], value) for key, value in cond.items()}
+    return {key: torch.where(per_sample(dropped, value.ndim), null[key], value) for key, value in cond.items()}
 
 
 @program

@@ -17,6 +17,7 @@ the bit on a CPU. And eight processes compute what one does with eight micro-bat
 
 import argparse
 import json
+import logging
 import math
 import os
 import shutil
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from cli import BadInput, Parser, amount, count, positive, read_json, refuse, writable_folder
 from data import Captions
 
+log = logging.getLogger("training")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -286,6 +288,8 @@ class Run:
             self.accelerator.load_state(str(path))
         except Exception as error:  # accelerate, torch and safetensors each have their own for a damaged file
             raise BadInput(f"cannot resume from {path}: {str(error).partition(chr(10))[0]}") from error
+        if self.step == self.args.max_train_steps:
+            log.warning("%s is complete: no step is left, and its results are made again", path)
         self.accelerator.step = 0  # no micro-batch of the next step is done, however the steps before were cut
 
 

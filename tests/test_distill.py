@@ -67,7 +67,7 @@ def test_the_image_road(images, tmp_path, call):
     )  # fmt: skip
     assert status == 0 and "test accuracy" in out, err
     flags = ["--features", network, "--num_samples", 24, "--steps", 1, 2, "--teacher_steps", 1, 3]
-    status, out, err = call(evaluate.main, "table", s, *flags)
+    status, out, err = call(evaluate.main, s, *flags)
     assert status == 0, err
     rows = json.loads((s / "evaluation.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"]) for row in rows[1:]] == [

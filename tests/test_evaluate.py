@@ -299,7 +299,7 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
     w2 = {}
     for times in ([999, 499], [999, 899], []):
         given = ["--timesteps", *times] if times else ["--steps", 2]
-        status, printed, err = call(evaluate.main, "table", out, "--num_samples", 64, *given, "--teacher_steps", 4)
+        status, printed, err = call(evaluate.main, out, "--num_samples", 64, *given, "--teacher_steps", 4)
         assert status == 0 and "student" in printed, err
         *_, with_teacher, with_student = json.loads((out / "evaluation.json").read_text())["rows"]
         assert (with_teacher["steps"], with_student["steps"]) == (4, 2)
@@ -308,18 +308,18 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load", lambda name: load({"someone/student": str(out)}.get(name, name)))
     flags = ["--pretrained_teacher_model", tmp_path / "t", "--data", "toy:moons", "--guidance_w", 0, "--num_samples", 8]
-    status, printed, err = call(evaluate.main, "table", "someone/student", *flags, "--steps", 1, "--teacher_steps", 1)
+    status, printed, err = call(evaluate.main, "someone/student", *flags, "--steps", 1, "--teacher_steps", 1)
     assert status == 0 and not (tmp_path / "someone").exists() and "runs/student/evaluation.png" in printed, err
 
 
 def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
     t, points = save(tmp_path / "t", unet(size=32)), save(tmp_path / "points", PointMLP(width=16))
-    flags = ["table", t, "--pretrained_teacher_model", t, "--data", images, "--guidance_w", 0, "--num_samples", 4]
+    flags = [t, "--pretrained_teacher_model", t, "--data", images, "--guidance_w", 0, "--num_samples", 4]
     (tmp_path / "junk").write_bytes(b"\x80\x04N." * 9)  # a pickle: they can run code
     save_file({"a": torch.ones(2)}, tmp_path / "other")
-    of_points = ["table", points, "--pretrained_teacher_model", points, "--guidance_w", 0, "--data", "toy:moons"]
+    of_points = [points, "--pretrained_teacher_model", points, "--guidance_w", 0, "--data", "toy:moons"]
     for program, arguments, words in (
-        (evaluate, ["table", t], "--pretrained_teacher_model"),
+        (evaluate, [t], "--pretrained_teacher_model"),
         (evaluate, [*flags, "--num_samples", 1], "2 or more"),
         (evaluate, [*flags, "--clip_model", "a/clip"], "--clip_model"),
         (evaluate, [*flags, "--features", tmp_path / "junk"], "junk: Error while deserializing header"),

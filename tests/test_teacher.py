@@ -10,6 +10,7 @@ from conftest import losses, one_line, unet
 from conftest import save as save_parts
 from diffusers import DDIMScheduler, DDPMPipeline, LCMScheduler
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import mse_loss
 
 import distill
 import sample
@@ -17,7 +18,7 @@ import teacher
 import training
 from cli import BadInput, program
 from improved import ToldTheTime
-from splam import SubPathStudent, boundary, distance, draw, to_x0_eps
+from splam import SubPathStudent, boundary, to_x0_eps
 from teacher import ImageModel, PointModel, load, save
 from toy.distributions import DISTRIBUTIONS
 from toy.mlp import PointMLP
@@ -122,13 +123,14 @@ def test_a_teacher_learns_noise_or_velocity_and_drops_a_tenth_of_its_labels(tmp_
     flags = f"--data toy:moons --class_conditional --prediction_type {prediction_type} --output_dir {tmp_path}"
     args = teacher.parse(f"{flags} --max_train_steps 4 --lr_warmup_steps 0 --train_batch_size 4096".split())
     model, labels, times = teacher.new_model(args), [], []
-    with patch("teacher.draw", wraps=draw) as drawn, patch("teacher.distance", wraps=distance) as compared:
+    with patch("teacher.mse_loss", wraps=mse_loss) as compared:
         with patch.object(PointMLP, "forward", autospec=True, side_effect=PointMLP.forward) as given:
             teacher.train(args, model, model.dataset(args))
-    for i in range(4):
-        x0 = drawn.call_args_list[i].args[0]
-        t, _, noise = draw(x0, 1000, 1000, training.numbered(0, i, training.NOISE))
-        (_, x, told), (_, target, _) = given.call_args_list[i].args, compared.call_args_list[i].args
+    for i, (x0, _) in zip(range(4), training.loader(model.dataset(args), 4096, 0), strict=False):
+        generator = training.numbered(0, i, training.NOISE)
+        t, _ = torch.randint(1000, (4096,), generator=generator), torch.rand(4096, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        (_, x, told), (_, target) = given.call_args_list[i].args, compared.call_args_list[i].args
         right = noise if prediction_type == "epsilon" else model.scheduler.get_velocity(x0, noise, t)
         torch.testing.assert_close((x, told), (model.scheduler.add_noise(x0, noise, t), t), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(target, right, rtol=1e-4, atol=1e-5)
