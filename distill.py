@@ -1,6 +1,6 @@
 """Distil a diffusion model into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
 
-    python distill.py                                         a minute on a laptop: 8 Gaussians in two dimensions
+    python distill.py                                         two minutes on a laptop: 8 Gaussians in two dimensions
     python distill.py --pretrained_teacher_model runs/cifar10-teacher --data data/cifar10
     accelerate launch distill.py --preset sd15 --data 'laion/{00000..00999}.tar'
 

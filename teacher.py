@@ -18,6 +18,7 @@ needs neither transformers nor peft, and --help none of them.
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import logging
 import shutil
@@ -181,9 +182,10 @@ class DiffusionModel:
 
         # Clipping and thresholding would change the x_0 that the student was trained to give.
         options = {"original_inference_steps": num_ddim_timesteps, "clip_sample": False, "thresholding": False}
-        # Each scheduler has its own defaults: what is the teacher's by default would else become LCM's by default.
-        config = {**self.scheduler.config, "_use_default_values": []}
-        scheduler = _by_library(lambda _: LCMScheduler.from_config(config, **options), self.name)
+        # Of the teacher's config what LCM knows: any other key would make every load of the student warn.
+        known = inspect.signature(LCMScheduler).parameters
+        config = {key: value for key, value in self.scheduler.config.items() if key in known}
+        scheduler = _by_library(lambda _: LCMScheduler(**config | options), self.name)
         here, there = self.schedule, Schedule(scheduler.alphas_cumprod)
         same = len(here) == len(there) and torch.allclose(here.alpha, there.alpha, rtol=0, atol=1e-3)
         refuse(not same, f"diffusers' LCMScheduler makes another noise schedule of the config of {self.name}")
@@ -636,7 +638,8 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
         with accelerator.accumulate(trained):
             with accelerator.autocast():
                 x0, cond = model.prepare(x, label)
-                t = torch.randint(len(schedule), (len(x0),), generator=generator).to(x0.device)
+                n = torch.randint(len(schedule), (len(x0),), generator=generator).to(x0.device)
+                t = len(schedule) - 1 - n  # every time is drawn, from the noisiest as splam.draw counts them
                 coin = torch.rand(len(x0), generator=generator).to(x0.device)
                 noise = torch.randn(x0.shape, generator=generator).to(x0.device)
                 if model.conditional:  # a tenth learns the unconditional ε, which guidance needs

@@ -306,6 +306,7 @@ def _accelerator(args: argparse.Namespace) -> Accelerator:
         # The loop advances the learning rate once a step. accelerate itself would do so once for each process.
         step_scheduler_with_optimizer=False,
     )
+    refuse(args.report_to and not accelerator.log_with, f"--report_to {args.report_to}: that package is not installed")
     alone = accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
     refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
     return accelerator

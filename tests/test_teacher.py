@@ -128,7 +128,7 @@ def test_a_teacher_learns_noise_or_velocity_and_drops_a_tenth_of_its_labels(tmp_
             teacher.train(args, model, model.dataset(args))
     for i, (x0, _) in zip(range(4), training.loader(model.dataset(args), 4096, 0), strict=False):
         generator = training.numbered(0, i, training.NOISE)
-        t, _ = torch.randint(1000, (4096,), generator=generator), torch.rand(4096, generator=generator)
+        t, _ = 999 - torch.randint(1000, (4096,), generator=generator), torch.rand(4096, generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         (_, x, told), (_, target) = given.call_args_list[i].args, compared.call_args_list[i].args
         right = noise if prediction_type == "epsilon" else model.scheduler.get_velocity(x0, noise, t)

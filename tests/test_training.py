@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_tensorboard_available
 from conftest import ROOT, killed_at, losses, one_line, python, save, unet
 from safetensors.torch import load_file
 
@@ -252,14 +253,21 @@ def test_the_gradient_is_limited_and_0_means_that_it_is_not(flags, tmp_path, cal
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_every_schedule_warms_up_and_a_warm_up_without_a_run_is_refused(flags, tmp_path, call, schedule):
-    more = ["--lr_scheduler", schedule, "--learning_rate", 1e-3, "--report_to", "tensorboard"]
+    more = ["--lr_scheduler", schedule, "--learning_rate", 1e-3]
     assert call(distill.main, *flags, *more, "--output_dir", tmp_path / "out")[0] == 0
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])  # logged after the step: the next one's
     assert rates[-1] == pytest.approx(1e-3 if schedule == "constant" else 0)
-    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
     status, _, err = call(distill.main, *flags, "--lr_warmup_steps", 6, "--output_dir", tmp_path / "long")
     assert status == 2 and "--lr_warmup_steps" in one_line(err)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_another_gets_what_metrics_jsonl_gets(flags, tmp_path, call):
+    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "out", "--report_to", "tensorboard")
+    if is_tensorboard_available():
+        assert status == 0 and list((tmp_path / "out").rglob("events.out.tfevents*")), err
+    else:
+        assert status == 2 and "--report_to tensorboard: that package is not installed" in err
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
