@@ -37,7 +37,7 @@ def refuse(when: object, why: str) -> None:
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates the `main` of a program: what is foreseen ends it with one line on stderr.
 
-    Exit status 2 is BadInput. 1 is the system's own trouble: a full disk, a missing permission, too little memory. 130
+    Exit status 2 is BadInput. 1 is the system's own trouble: a full disk, a missing permission, a GPU without room. 130
     is Ctrl-C or SIGTERM. Whatever has its final name on disk is complete then. SPLAM_TRACEBACK=1 shows where it came
     from.
     """
@@ -52,16 +52,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except BadInput as error:
             _end(str(error), 2, error)
-        except OSError as error:
-            _end(f"{error} (SPLAM_TRACEBACK=1 shows where)", 1, error)
-        except (RuntimeError, MemoryError) as error:
-            # A GPU's error has a class of its own. A CPU's has only its words.
-            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-            if not full:
-                raise
-            _end(
-                "out of memory: a smaller batch needs less, more --gradient_accumulation_steps make up for it", 1, error
-            )
+        except (OSError, torch.OutOfMemoryError) as error:
+            _end(f"{error} (SPLAM_TRACEBACK=1 shows where)".splitlines()[0], 1, error)
         except KeyboardInterrupt as error:
             _end("interrupted: --resume_from_checkpoint latest goes on with training", 130, error)
 

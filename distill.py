@@ -18,12 +18,14 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor
 
 import improved
@@ -31,7 +33,7 @@ import splam
 import training
 from cli import Parser, count, finite, positive, program, read_prompts, recipes, refuse, share, writable_folder
 from data import POINTS
-from evaluate import Evaluation, compare, machine, print_comparison
+from evaluate import Evaluation, compare, print_comparison, provenance
 from sample import n_steps, overview, picture, preview, sample
 from splam import SubPathStudent, ema_update, splad_loss
 from teacher import DiffusionModel, load, new_model, save, train
@@ -111,7 +113,8 @@ def parser() -> Parser:
     flag = p.add_argument_group("validation").add_argument
     flag("--validation_steps", type=count, default=0, help="steps between sample grids; 0 for none")
     flag("--num_eval_samples", type=count, default=0, help="samples a row of the closing table; 0 for no table")
-    flag("--prompts", nargs="+", default=[], help="texts, or a .txt file with one a line, or class labels")
+    prompts_help = "texts, or a .txt file with one a line, or class labels"
+    flag("--prompts", "--validation_prompts", nargs="+", default=[], help=prompts_help)
     p.get_default("free").extend(["validation_steps", "num_eval_samples", "prompts"])
     return p
 
@@ -138,7 +141,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     p.set_defaults(data=teacher.default_data)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
     args = p.parse_args([*RECIPES[teacher.kind].split(), *given])
-    args.output_dir = output_dir
+    args.output_dir, args.prompts = output_dir, read_prompts(args.prompts)
     args.improved = list(improved.PARTS) if args.improved == [] else args.improved or []
     # One step of second order takes the place of several of first order.
     args.solver_step = args.solver_step or (args.k if "second_order" in args.improved else 20)
@@ -177,7 +180,7 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     config = teacher.scheduler.config  # a teacher with zero terminal SNR has "trailing" for a reason of its own
     if few or (config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")):
         log.warning("%s looks like a model of few steps: there is no PF-ODE left to distil in it", teacher.name)
-    teacher.labels(read_prompts(args.prompts))  # refuses prompts that the model has no meaning for
+    teacher.labels(args.prompts)  # refuses prompts that the model has no meaning for
     refuse(args.num_eval_samples == 1, "--num_eval_samples must be 0, or 2 or more")
     teacher.few_step_scheduler(args.num_ddim_timesteps)  # the student's, which diffusers may not have
 
@@ -278,10 +281,9 @@ def main() -> None:
     args, teacher = configure()
     # The student is measured at the end, but the measures are made now. If their data or their network are missing, the
     # program ends here, and not after hours of training.
-    evaluation, prompts = None, read_prompts(args.prompts)
-    if args.num_eval_samples and training.process().is_main_process:
-        teacher.to(training.process().device)
-        evaluation = Evaluation(teacher, args.data, args.num_eval_samples, prompts=prompts)
+    evaluation, process = None, training.process()
+    if args.num_eval_samples and process.is_main_process:
+        evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, prompts=args.prompts)
     distillation = Distillation(args, teacher)
     run = distillation.run
     for step, loss in distillation.steps():
@@ -289,24 +291,22 @@ def main() -> None:
         run.log(step, loss)
         run.checkpoint(step)
         if args.validation_steps and step % args.validation_steps == 0 and run.accelerator.is_main_process:
-            validate(step, distillation.student(), run.folder / "samples", prompts)
+            run.show(step, validate(args, step, distillation.student()))
     if run.accelerator.is_main_process:
-        finish(args, teacher, distillation.student(), evaluation, prompts)
+        finish(args, teacher, distillation.student(), evaluation)
     run.accelerator.end_training()
 
 
-def validate(step: int, student: DiffusionModel, folder: Path, prompts: list[str]) -> None:
-    """A picture of the student as it is after this step."""
-    samples = sample(student, range(preview(student)[0]), STEPS[-1], prompts=prompts)
-    picture(samples, preview(student)[1]).save(writable_folder(folder) / f"step-{step}.png")
+def validate(args: argparse.Namespace, step: int, student: DiffusionModel) -> Image.Image:
+    """A picture of the student as it is after this step, which is kept and returned."""
+    number, columns = preview(student)
+    shown = picture(sample(student, range(number), STEPS[-1], prompts=args.prompts), columns)
+    shown.save(writable_folder(Path(args.output_dir, "samples")) / f"step-{step}.png")
+    return shown
 
 
 def finish(
-    args: argparse.Namespace,
-    teacher: DiffusionModel,
-    student: DiffusionModel,
-    evaluation: Evaluation | None,
-    prompts: list[str],
+    args: argparse.Namespace, teacher: DiffusionModel, student: DiffusionModel, evaluation: Evaluation | None
 ) -> None:
     """Saves the student, the picture, and metrics.json; prints the table, if there is an evaluation to make one.
 
@@ -315,10 +315,11 @@ def finish(
     """
     folder, many = Path(args.output_dir), teacher.many_steps
     record = folder / "metrics.json"
-    metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, "machine": machine()}
+    metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, **provenance()}
     # First: whatever happens below, the student is there, and a LoRA with the record that names its teacher.
     save(student, folder)
     record.write_text(json.dumps(metrics, indent=2))
+    (folder / "README.md").write_text(model_card(args, teacher))
     if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
         print_comparison(comparison)
@@ -327,11 +328,55 @@ def finish(
         record.write_text(json.dumps(metrics, indent=2))
     else:
         seeds = range(preview(teacher)[0])
-        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
-        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
+        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=args.prompts)}
+        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=args.prompts) for n in STEPS}
     shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row
     overview(teacher, shown, args.k).save(folder / "overview.png")
     print(f"{folder}/overview.png  {record}")
+
+
+# How others sample the student. At a guidance_scale other than 1 diffusers would guide what has its guidance in the
+# weights.
+USAGE = {
+    "prompts": """pipe = DiffusionPipeline.from_pretrained("{student}")
+pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+    "lora": """pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe.scheduler = LCMScheduler.from_pretrained("{student}", subfolder="scheduler")
+pipe.load_lora_weights("{student}")
+pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+}
+
+
+def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
+    """What the Hub shows of a student: front matter, where it comes from, and how it is sampled."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    name, folder = Path(args.output_dir).name, Path(teacher.name)
+    # The licence of a teacher whose own card names one is the student's too.
+    card = folder / "README.md"
+    licence = ModelCard.load(card).data.license if card.is_file() else None
+    hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
+    tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
+    head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
+    use = f"python sample.py {name} --steps 4"
+    if teacher.default_prompts:
+        how = USAGE["lora" if args.lora_rank else "prompts"]
+        use = how.format(student=name, teacher=teacher.name, prompt=teacher.default_prompts[0])
+    method = f"--ode {args.ode} --k {args.k} --guidance_w {args.guidance_w:g}"
+    method += f" --improved {' '.join(args.improved)}" if args.improved else ""
+    made_by = ", ".join(f"{key} {value}" for key, value in provenance().items())
+    return f"""---\n{head.to_yaml()}\n---
+# {name}
+
+A student of {teacher.name} for 1 to 4 steps, distilled by [SPLAM](https://arxiv.org/abs/2404.13903) with `{method}`
+in {args.max_train_steps} steps. Its scheduler is the LCMScheduler.
+
+```python
+{use}
+```
+
+Made by `python {shlex.join(sys.argv)}`; {made_by}.
+"""
 
 
 if __name__ == "__main__":

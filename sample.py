@@ -235,9 +235,9 @@ def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> 
     """One picture of several batches under their names, drawn from the same noises: of images a row each, so that a
     column shows one noise. Of points a panel each, and the PF-ODE, if the model is a teacher, with a sub-path of length
     k."""
-    from toy import plots
-
     if len(model.shape) == 1:
+        from toy import plots
+
         noise = SeededNoise(model.shape, range(64), model.device)()
         cond = model.null_condition(len(noise)) if model.conditional else {}
         denoise = functools.partial(model.predict, cond=cond)
@@ -249,8 +249,8 @@ def overview(model: DiffusionModel, panels: dict[str, Tensor], k: int = 100) -> 
         size = size or tuple(side * max(1, 800 // row.width) for side in row.size)
         row = ImageOps.expand(row.resize(size, Image.Resampling.NEAREST), (0, 16, 0, 0), "white")
         ImageDraw.Draw(row).text((4, 2), name, fill="black")
-        rows.append(row)
-    return plots.below(*rows)
+        rows.append(np.asarray(row))
+    return Image.fromarray(np.concatenate(rows))
 
 
 def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, send_to_device, set_seed
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -53,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
     flag = parser.add_argument_group("training").add_argument
     flag("--seed", type=count, default=0, help="of weights, data order and noise")
     flag("--max_train_steps", type=positive, help="paper: 6,000 for SD1.5, 80,000 for SD2.1-base")
+    flag("--max_train_samples", type=positive, help="draw from so many of the data, which the seed chooses")
     flag("--train_batch_size", type=positive, help="per process; paper: 1024 over 16 GPUs")
     flag("--gradient_accumulation_steps", type=positive, default=1, help="batches per step")
     flag("--learning_rate", type=amount, help="of AdamW; paper: 8e-6")
@@ -67,11 +69,11 @@ def add_arguments(parser: Parser) -> None:
     flag("--output_dir", help="all that the run writes lies below it (default: runs/ and a name)")
     flag("--checkpointing_steps", type=positive, default=500, help="steps between checkpoints; the last one is kept")
     flag("--resume_from_checkpoint", help='a checkpoint folder, or "latest": that of --output_dir, if there is one')
-    flag("--report_to", help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
+    flag("--report_to", help="beside metrics.jsonl: tensorboard, wandb, all, or another tracker of accelerate")
+    flag("--tracker_project_name", default="splam", help="where that tracker files the run")
     # These change nothing of what is computed, so that a resumed run may have others.
-    parser.set_defaults(
-        free=["dataloader_num_workers", "output_dir", "checkpointing_steps", "resume_from_checkpoint", "report_to"]
-    )
+    free = "dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name"
+    parser.set_defaults(free=free.split())
 
 
 def add_data_arguments(parser: Parser) -> None:
@@ -118,21 +120,29 @@ def loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    limit: int | None = None,
 ) -> Iterator[list[Tensor]]:
     """Micro-batches without end for process `rank` of `world`, from its `first` on.
 
     Samples are drawn independently, as Algorithm 1 draws x_0: there are no epochs. Captions come as a stream instead,
-    which cannot be entered in the middle, so `first` makes it another stream.
+    which cannot be entered in the middle, so `first` makes it another stream. With a `limit` only so many samples are
+    drawn from, which the seed has chosen: the files of a data set are sorted by class.
     """
     options = {"batch_size": None, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
     options["generator"] = torch.Generator()  # or the loader would draw one of the numbers that dropout gets
     if isinstance(dataset, Captions):
+        refuse(limit, "--max_train_samples: captions are a stream without end. Let --data name fewer shards")
         return iter(DataLoader(dataset.batches(batch_size, seed * 2**31 + first, rank, world), **options))
+
+    order = torch.arange(len(dataset))
+    if limit:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
 
     def indices() -> Iterator[list[int]]:
         number = first * world + rank
         while True:
-            yield torch.randint(len(dataset), (batch_size,), generator=numbered(seed, number, ORDER)).tolist()
+            drawn = torch.randint(len(order), (batch_size,), generator=numbered(seed, number, ORDER))
+            yield order[drawn].tolist()
             number += world
 
     return iter(DataLoader(dataset, sampler=indices(), **options))
@@ -157,8 +167,10 @@ def run_folder(path: str | Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """The finished checkpoints of the run in `folder`, oldest first. A folder of their own keeps them out of the way of
+    whoever uploads the student."""
+    found = folder.glob("checkpoints/checkpoint-*[0-9]")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 class Run:
@@ -187,11 +199,12 @@ class Run:
         name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
         schedule = get_scheduler(name, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, schedule)
-        kept = [self] if average is None else [self, average.to(self.accelerator.device)]
-        self.accelerator.register_for_checkpointing(*kept)
+        if average is not None:
+            self.accelerator.register_for_checkpointing(average.to(self.accelerator.device))
         self._resume()
-        if args.report_to:
-            self.accelerator.init_trackers("splam")
+        if args.report_to:  # the flags go along, as numbers and texts
+            flags = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
+            self.accelerator.init_trackers(args.tracker_project_name, flags)
 
     # -- the loop's tools ---------------------------------------------------------------------------------------------
 
@@ -200,7 +213,8 @@ class Run:
         and the generator of its random numbers."""
         args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
         rank, world, first = accelerator.process_index, accelerator.num_processes, self.step * parts
-        stream = loader(self.dataset, args.train_batch_size, args.seed, first, rank, world, args.dataloader_num_workers)
+        options = {"workers": args.dataloader_num_workers, "limit": args.max_train_samples}
+        stream = loader(self.dataset, args.train_batch_size, args.seed, first, rank, world, **options)
         bar = {"initial": self.step, "total": args.max_train_steps, "unit": "step", "mininterval": 1}
         self.bar = tqdm(desc=self.folder.name, disable=not accelerator.is_main_process, **bar)
         for micro_batch in range(first, args.max_train_steps * parts):
@@ -233,14 +247,14 @@ class Run:
         self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
         self.bar.update()
 
+    def show(self, step: int, picture: Image.Image) -> None:
+        """A picture for those trackers that take some."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(picture.convert("RGB"))[None]}, step, **options)
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint must know of the run itself."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
 
     def checkpoint(self, step: int) -> None:
         """Every --checkpointing_steps, and at the end. Every process must call this.
@@ -251,12 +265,12 @@ class Run:
         self.step, last = step, step == self.args.max_train_steps
         if step % self.args.checkpointing_steps and not last:
             return
-        final, before = self.folder / f"checkpoint-{step}", checkpoints(self.folder)
+        final, before = self.folder / "checkpoints" / f"checkpoint-{step}", checkpoints(self.folder)
         draft = final.with_suffix(".tmp")
         self.accelerator.save_state(str(draft))
         self.accelerator.wait_for_everyone()  # all processes have written their random states
         if self.accelerator.is_main_process:
-            (draft / MARK).write_text(json.dumps(self._configuration(), indent=2))
+            (draft / MARK).write_text(json.dumps({"step": step, **self._configuration()}, indent=2))
             draft.rename(final)
             for path in before:
                 shutil.rmtree(path)
@@ -281,6 +295,7 @@ class Run:
         refuse(not (path / MARK).is_file(), f"{path} is no checkpoint of this program")
         # As JSON has it, where a tuple is a list.
         theirs, ours = read_json(path / MARK), json.loads(json.dumps(self._configuration()))
+        self.step = theirs.pop("step", None)
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         what = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing)
         refuse(differing, f"{path} is of another configuration: {what}")

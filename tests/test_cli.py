@@ -27,8 +27,7 @@ def ends(monkeypatch, capsys, error: BaseException) -> tuple[object, str]:
     [
         (cli.BadInput("--k is wrong"), 2, "program.py: error: --k is wrong"),
         (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "out of memory: a smaller batch"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nuse"), 1, "CUDA out of memory"),
         (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
     ],
 )

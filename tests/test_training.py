@@ -1,5 +1,6 @@
 """Long runs: resumed after a kill, on several processes, in several micro-batches - always the same run."""
 
+import io
 import json
 import math
 import shutil
@@ -9,11 +10,13 @@ import pytest
 import torch
 from accelerate.utils import is_tensorboard_available
 from conftest import ROOT, killed_at, losses, one_line, python, save, unet
+from PIL import Image
 from safetensors.torch import load_file
 
 import distill
 import teacher
 import training
+from data import Points
 from toy.mlp import PointMLP
 
 
@@ -76,7 +79,7 @@ def rename_or_die(path, target):
 Path.rename = rename_or_die
 distill.main()"""
     assert python("-c", script, *flags, "--output_dir", out).returncode == -9
-    assert (out / "checkpoint-4.tmp").is_dir() and [p.name for p in training.checkpoints(out)] == ["checkpoint-2"]
+    assert (out / "checkpoints/checkpoint-4.tmp").is_dir() and [p.name for p in training.checkpoints(out)] == ["checkpoint-2"]
     status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
     assert status == 0 and [path.name for path in training.checkpoints(out)] == ["checkpoint-6"], err
 
@@ -155,7 +158,7 @@ def test_nothing_that_an_earlier_run_wrote_is_lost(flags, tmp_path, call):
         ([*latest, "--seed", 1, "--metric", "l2"], "metric was huber and is l2, seed was 0 and is 1"),
         ([*latest, "--improved", "time"], "improved was [] and is ['time']"),
         (["--resume_from_checkpoint", tmp_path / "teacher"], "holds checkpoint-6"),
-        (["--resume_from_checkpoint", other / "checkpoint-6"], "holds checkpoint-6 of an earlier run"),
+        (["--resume_from_checkpoint", other / "checkpoints/checkpoint-6"], "holds checkpoint-6 of an earlier run"),
         ([], "holds checkpoint-6 of an earlier run: --resume_from_checkpoint latest"),
     ):
         status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
@@ -197,9 +200,9 @@ class Evil:
 DAMAGES = {
     "missing": lambda file: file.unlink(),
     "torn": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "code": lambda file: torch.save(Evil(file.parents[2] / "owned"), file),
+    "code": lambda file: torch.save(Evil(file.parents[3] / "owned"), file),
 }
-FILES = ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", training.MARK]
+FILES = ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", training.MARK]
 
 
 def test_a_damaged_checkpoint_is_one_line_that_names_it_and_runs_no_code(flags, tmp_path, call):
@@ -209,10 +212,10 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_runs_no_code(flags, 
         for name, damage in DAMAGES.items():
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(whole, out)
-            damage(out / "checkpoint-6" / file)
+            damage(out / "checkpoints/checkpoint-6" / file)
             before = unchanged(out)
             status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
-            assert status == 2 and f"{out}/checkpoint-6" in one_line(err), (file, name, err)
+            assert status == 2 and f"{out}/checkpoints/checkpoint-6" in one_line(err), (file, name, err)
             assert before == unchanged(out) and not (tmp_path / "owned").exists(), (file, name)
 
 
@@ -244,7 +247,7 @@ def test_the_gradient_is_limited_and_0_means_that_it_is_not(flags, tmp_path, cal
     for limit in (1e-3, 100.0, 0):
         out, more = tmp_path / str(limit), ["--max_train_steps", 1, "--lr_warmup_steps", 0, "--max_grad_norm", limit]
         assert call(distill.main, *flags, *more, "--output_dir", out)[0] == 0
-        moments = torch.load(out / "checkpoint-1/optimizer.bin", weights_only=True)["state"].values()
+        moments = torch.load(out / "checkpoints/checkpoint-1/optimizer.bin", weights_only=True)["state"].values()
         used = 10 * torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm()
         norms[limit] = json.loads((out / "metrics.jsonl").read_text())["grad_norm"]
         assert used.item() == pytest.approx(min(norms[limit], limit or math.inf), rel=1e-3)
@@ -262,12 +265,33 @@ def test_every_schedule_warms_up_and_a_warm_up_without_a_run_is_refused(flags, t
     assert status == 2 and "--lr_warmup_steps" in one_line(err)
 
 
-def test_a_tracker_that_is_not_installed_is_refused_and_another_gets_what_metrics_jsonl_gets(flags, tmp_path, call):
-    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "out", "--report_to", "tensorboard")
-    if is_tensorboard_available():
-        assert status == 0 and list((tmp_path / "out").rglob("events.out.tfevents*")), err
-    else:
+def test_a_tracker_gets_flags_numbers_and_pictures_and_a_missing_one_is_refused(flags, tmp_path, call):
+    out = tmp_path / "out"
+    more = ["--output_dir", out, "--report_to", "tensorboard", "--validation_steps", 3, "--tracker_project_name", "mine"]
+    status, _, err = call(distill.main, *flags, *more)
+    if not is_tensorboard_available():
         assert status == 2 and "--report_to tensorboard: that package is not installed" in err
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert status == 0, err
+    events = EventAccumulator(str(out / "mine")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(out))
+    (first, _), saved = events.Images("validation"), Image.open(out / "samples/step-3.png").convert("RGB")
+    assert first.step == 3 and Image.open(io.BytesIO(first.encoded_image_string)).tobytes() == saved.tobytes()
+    assert "ema_decay: 0.5" in next((out / "mine").rglob("hparams.yml")).read_text()
+
+
+def test_a_limited_number_of_samples_is_a_choice_from_all_of_them():
+    """The files of a data set are sorted by class, so that the first ones would be of one."""
+    seen = {}
+    for seed in (0, 1):
+        stream = training.loader(Points("toy:8gaussians"), 64, seed, limit=20)
+        points = torch.cat([next(stream)[0] for _ in range(10)])
+        seen[seed] = {tuple(point) for point in points.tolist()}
+        first = {tuple(point) for point in Points("toy:8gaussians").samples[:1000].tolist()}
+        assert len(seen[seed]) == 20 and len(seen[seed] & first) < 5
+    assert seen[0] != seen[1]
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
