@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from cli import BadInput, refuse
+from cli import refuse
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
 
 log = logging.getLogger("data")

@@ -327,9 +327,9 @@ def finish(
         metrics |= {"rows": comparison.rows, "reference": comparison.reference}
         record.write_text(json.dumps(metrics, indent=2))
     else:
-        seeds = range(preview(teacher)[0])
-        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=args.prompts)}
-        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=args.prompts) for n in STEPS}
+        seeds, prompts = range(preview(teacher)[0]), args.prompts
+        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
+        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
     shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row
     overview(teacher, shown, args.k).save(folder / "overview.png")
     print(f"{folder}/overview.png  {record}")

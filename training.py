@@ -324,4 +324,7 @@ def _accelerator(args: argparse.Namespace) -> Accelerator:
     refuse(args.report_to and not accelerator.log_with, f"--report_to {args.report_to}: that package is not installed")
     alone = accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
     refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
+    # On a CPU accelerate's launcher starts one process, however many it is asked for.
+    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        log.warning("one process runs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 starts several on CPUs")
     return accelerator

@@ -79,7 +79,8 @@ def rename_or_die(path, target):
 Path.rename = rename_or_die
 distill.main()"""
     assert python("-c", script, *flags, "--output_dir", out).returncode == -9
-    assert (out / "checkpoints/checkpoint-4.tmp").is_dir() and [p.name for p in training.checkpoints(out)] == ["checkpoint-2"]
+    assert (out / "checkpoints/checkpoint-4.tmp").is_dir()
+    assert [path.name for path in training.checkpoints(out)] == ["checkpoint-2"]
     status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
     assert status == 0 and [path.name for path in training.checkpoints(out)] == ["checkpoint-6"], err
 
@@ -267,8 +268,8 @@ def test_every_schedule_warms_up_and_a_warm_up_without_a_run_is_refused(flags, t
 
 def test_a_tracker_gets_flags_numbers_and_pictures_and_a_missing_one_is_refused(flags, tmp_path, call):
     out = tmp_path / "out"
-    more = ["--output_dir", out, "--report_to", "tensorboard", "--validation_steps", 3, "--tracker_project_name", "mine"]
-    status, _, err = call(distill.main, *flags, *more)
+    flags += ["--report_to", "tensorboard", "--tracker_project_name", "mine", "--validation_steps", 3]
+    status, _, err = call(distill.main, *flags, "--output_dir", out)
     if not is_tensorboard_available():
         assert status == 2 and "--report_to tensorboard: that package is not installed" in err
         return
