@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 # torch.load can run code that a file contains. This makes every call refuse such files, those inside libraries too.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -49,7 +50,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            main()
+            with logging_redirect_tqdm():  # a warning has a line of its own, above the progress bars
+                main()
         except BadInput as error:
             _end(str(error), 2, error)
         except (OSError, torch.OutOfMemoryError) as error:
@@ -82,6 +84,7 @@ class Parser(argparse.ArgumentParser):
         help_lines = functools.partial(Help, max_help_position=36, width=118)
         super().__init__(allow_abbrev=False, formatter_class=help_lines, **options)
 
+    # argparse itself would print all flags before the one line that matters.
     def error(self, message: str) -> NoReturn:
         raise BadInput(message.removeprefix("argument ").replace(": ", " ", 1))
 
@@ -89,9 +92,11 @@ class Parser(argparse.ArgumentParser):
 class Help(argparse.RawDescriptionHelpFormatter):
     """A line for each flag, with its default if it has one."""
 
+    # --train_batch_size X: argparse would write the flag's name a second time, in capitals.
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "X"
 
+    # A switch, and a flag that has no value until it is typed, have no default worth a word.
     def _get_help_string(self, action: argparse.Action) -> str:
         without = action.default in (None, []) or isinstance(action.default, bool) or not action.option_strings
         return action.help if without or action.default is argparse.SUPPRESS else f"{action.help} (default %(default)s)"
@@ -112,6 +117,8 @@ def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable
     return parse
 
 
+# Seeds and sizes are 32-bit integers to some of the libraries that get them. 1e30 is near the end of float32, beyond
+# which a loss is infinite at once.
 positive = number(int, lambda n: 0 < n < 2**31, "positive, and below 2**31")
 count = number(int, lambda n: 0 <= n < 2**31, "a whole number, 0 or more, and below 2**31")
 two_or_more = number(int, lambda n: 1 < n < 2**31, "2 or more, for their spread")

@@ -75,8 +75,8 @@ class Points(Dataset):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Only the formats that the extensions promise: PIL knows some, PostScript for one, that it hands to an interpreter.
 FORMATS = ["JPEG", "PNG", "WEBP"]
-# What programs leave and no person chose: .ipynb_checkpoints/, ._0.jpg, __MACOSX/, @eaDir/, $RECYCLE.BIN/.
-LEFT_BEHIND = re.compile(r"(^|/)(\.[^/]|(__|@|\$)[^/]*/)")
+# What programs leave and no person chose: .ipynb_checkpoints/ and ._0.jpg; and what zip, file servers and Windows make.
+LEFT_BEHIND = re.compile(r"(^|/)(\.[^/]|(__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)/)")
 
 
 class Unusable(Exception):
@@ -183,8 +183,10 @@ def to_range(pixels: Tensor) -> Tensor:
 # Images by class
 # ---------------------------------------------------------------------------------------------------------------------
 
-# How people name their splits. A folder of that name is a part of the data and no class.
-SPLIT = re.compile(r"(train(ing)?|test(ing)?|val(id(ation)?)?|dev|eval)([-_ ]?(set|data|images|split))?\d*", re.I)
+# How people name their splits: training, Test, valid, test_images, seg_test, trainA. (But a bullet_train is a class.)
+SPLIT = re.compile(
+    r"(train(ing)?|(.*[-_ ])?(test(ing)?|val(id(ation)?)?|dev|eval))([-_ ]?(set|data|images|split|[ab]))?\d*", re.I
+)
 
 
 def split_folder(folder: str | Path, split: str) -> Path:
@@ -192,13 +194,19 @@ def split_folder(folder: str | Path, split: str) -> Path:
 
     BadInput rather than another split: test images that were trained on make any model look better than it is.
     """
-    root = Path(folder, split)
-    if split == "train" and not root.is_dir() and Path(folder).is_dir():
-        others = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and SPLIT.fullmatch(path.name))
-        refuse(others, f"{folder} has the folders {', '.join(others)}: what is to be trained on must be in {root}")
-        return Path(folder)
-    refuse(not root.is_dir(), f"no such folder: {root}")
-    return root
+    folder, root = Path(folder), Path(folder, split)
+    if split != "train" or not folder.is_dir():
+        refuse(not root.is_dir(), f"no such folder: {root}")
+        return root
+    inside = {file.relative_to(folder).parts[:-1] for file in files_below(folder, *EXTENSIONS)}
+    if root.is_dir():
+        beside = sorted({parts[0] for parts in inside if parts} - {"train"})
+        classes = beside and not any(map(SPLIT.fullmatch, beside))
+        refuse(classes, f"{folder} has train beside {', '.join(beside[:3])}: classes must lie together in {root}")
+        return root
+    others = sorted({part for parts in inside for part in parts if SPLIT.fullmatch(part)})
+    refuse(others, f"{folder} has the folders {', '.join(others)}: what is to be trained on must be in {root}")
+    return folder
 
 
 def images_by_class(folder: str | Path, split: str) -> list[tuple[Path | Image.Image, str]]:
@@ -215,7 +223,8 @@ def images_by_class(folder: str | Path, split: str) -> list[tuple[Path | Image.I
     root = split_folder(folder, split)
     files = files_below(root, *EXTENSIONS)
     refuse(not files, f"no images ({', '.join(EXTENSIONS)}) in {root}")
-    return [(file, "" if file.parent == root else file.relative_to(root).parts[0]) for file in files]
+    names = ("" if file.parent == root else file.relative_to(root).parts[0] for file in files)
+    return [(file, unicodedata.normalize("NFC", name)) for file, name in zip(files, names, strict=True)]
 
 
 class ImageFiles:
@@ -294,7 +303,10 @@ def reference_set(data: str, split: str, resolution: int | None) -> Tensor | Ima
 # ---------------------------------------------------------------------------------------------------------------------
 
 REMOTE = ("http://", "https://", "hf://", "gs://")  # what webdataset reads from afar; a pipe: would run a shell command
-PAIR = "a pair is 0.jpg, .jpeg, .png or .webp with 0.txt or 0.json next to each other, and no other dot in their names"
+PAIR = (
+    "a pair is 0.jpg, .jpeg, .png or .webp with 0.txt, or with 0.json or a line of metadata.jsonl whose key text or"
+    " caption holds it; in a shard, next to each other and with no other dot in their names"
+)
 SHARDS = "shards are '{00000..00099}.tar', 'FOLDER/*.tar' or URLs of such; a data set of the Hub must be here first: "
 HUB = "hf download NAME --repo-type dataset --local-dir FOLDER"
 
@@ -341,6 +353,7 @@ def shard_urls(data: str) -> list[str]:
     from webdataset.shardlists import expand_urls  # webdataset takes a second, and few need it
 
     shards = []
+    refuse(data.count("{") != data.count("}"), f"{data}: a brace is missing ({SHARDS}{HUB})")
     for url in expand_urls(data):
         there = url.startswith(REMOTE) or os.path.isfile(url)
         found = [url] if there else sorted(filter(os.path.isfile, glob.glob(url)))
@@ -384,10 +397,12 @@ class Captions:
         """The names of the folder's pairs, whose files are kept; or its tar files, if it holds no pairs."""
         root = split_folder(self.data, "train")
         pairs = pairs_in_folder(root, {root / "metadata.jsonl", Path(self.data, "metadata.jsonl")})
-        self.files = {name: files for name, files in pairs.items() if len(files) > 1}
-        tars = files_below(root, ".tar", ".tgz", ".tar.gz")
-        if tars and not self.files:
+        tars = files_below(root, ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+        if tars:  # beside which img2dataset leaves 00000_stats.json and the like
+            images = files_below(root, *EXTENSIONS)
+            refuse(images, f"{root} holds shards, and images such as {images[:1]}: they must lie in two folders")
             return [str(tar) for tar in tars]
+        self.files = {name: files for name, files in pairs.items() if len(files) > 1}
         # What stands alone is named at once, however many are drawn before it.
         for name in sorted(pairs.keys() - self.files.keys()):
             self.skipped.add(name, "no caption" if f".{[*pairs[name]][0]}" in EXTENSIONS else "no image")

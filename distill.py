@@ -146,6 +146,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     # One step of second order takes the place of several of first order.
     args.solver_step = args.solver_step or (args.k if "second_order" in args.improved else 20)
     check(args, teacher)
+    training.check(args)
     if fit:  # one that is there already has no step left
         training.run_folder(output_dir)
         train(fit, teacher, teacher.dataset(fit))

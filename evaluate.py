@@ -10,14 +10,15 @@ from the end of the teacher's trajectory from the same noise.
 
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,6 @@ import sample
 import training
 from cli import BadInput, refuse
 from data import centre_square, reference_set, to_range
-from splam import distance, multiple_estimation
 from teacher import DiffusionModel, load
 
 log = logging.getLogger("evaluate")
@@ -109,10 +109,10 @@ class FrechetDistance:
     def __call__(self, batches: Sequence[Tensor], prompts: Sequence) -> dict[str, float]:
         for images in filter(len, batches):
             self.metric.update(images.to(self.metric.device), real=False)
-        n = self.metric.fake_features_num_samples.item()
-        value = self.metric.compute().item() if n > 1 else math.nan  # one image has no covariance
+        enough = self.metric.fake_features_num_samples > 1  # one image has no covariance
+        values = {self.column: self.metric.compute().item()} if enough else {}
         self.metric.reset()  # of the samples; the data's sums stay
-        return {self.column: value}
+        return values
 
 
 def prompt_accuracy(
@@ -225,7 +225,7 @@ def spread(length: int, n: int) -> Tensor:
 
 @dataclass(eq=False)  # compared, and hashed, by identity: caches are keyed by one
 class Evaluation:
-    """The data, the measures, and the seeds of the noises. `update` collects samples, `results` measures them."""
+    """The data, the measures, and the seeds of the noises."""
 
     model: DiffusionModel  # the teacher
     data: str
@@ -248,7 +248,6 @@ class Evaluation:
         self.asked = self.model.labels(self.prompts) if self.model.conditional else []
         self.reference = reference_set(self.data, self.split, self.resolution)
         self.measures = self._measures()
-        self._batches, self._prompts = [], []
 
     def _measures(self) -> list[Callable]:
         """Points need no network to see them with; a CLIP score needs prompts that say something."""
@@ -269,55 +268,52 @@ class Evaluation:
             measures.append(functools.partial(prompt_accuracy, network.to(model.device), classes))
         return [FrechetDistance(self, network.body), *measures]
 
-    def update(self, samples: Tensor, prompts: Sequence[str | int] = ()) -> None:
-        """Collects a batch of a sampler (points, or images in [-1, 1]) or of data (points, or uint8 images)."""
-        # Samples are rounded to 8 bits, as files are. Otherwise the features' network would see a difference between
-        # samples and data that nobody can see in a picture. (30,000 images of 256 pixels are 6 GB then.)
-        if samples.ndim == 4 and samples.is_floating_point():
-            images = [Image.fromarray(pixels) for pixels in sample.to_pixels(samples)]
-            samples = torch.stack([centre_square(image, self.resolution) for image in images])
-        self._batches += samples.split(100)
-        self._prompts += prompts
-
     @torch.no_grad()
-    def results(self) -> dict[str, float]:
-        """All measures of what was collected since the last call."""
-        batches, prompts, self._batches, self._prompts = self._batches, self._prompts, [], []
+    def measured(self, batches: list[Tensor], prompts: Sequence[str | int] = ()) -> dict[str, float]:
+        """All measures of samples or data: points, or uint8 images, about a hundred at a time."""
         values = {}
         for measure in self.measures:
             values |= measure(tqdm(batches, "measuring", leave=False, delay=1), prompts)
         return values
+
+    def as_in_files(self, samples: Tensor) -> Tensor:
+        """Images in [-1, 1] rounded to 8 bits, as files are. Otherwise the features' network would see a difference
+        between samples and data that nobody can see in a picture. (30,000 images of 256 pixels are 6 GB then.)"""
+        if samples.ndim == 2:  # points
+            return samples
+        images = [Image.fromarray(pixels) for pixels in sample.to_pixels(samples)]
+        return torch.stack([centre_square(image, self.resolution) for image in images])
 
     def held_out_data(self) -> dict[str, float]:
         """Real data that the reference set does not hold, as if a sampler had made them. Two samples of one
         distribution are some distance apart by chance; a sampler that comes as near as this cannot be told from the
         data."""
         data = reference_set(self.data, "train" if self.split == "test" else "test", self.resolution)
-        for part in tqdm(spread(len(data), len(self.seeds)).split(100), "held-out data", leave=False):
-            self.update(data[part])
-        return self.results()
+        parts = spread(len(data), len(self.seeds)).split(100)
+        return self.measured([data[part] for part in tqdm(parts, "held-out data", leave=False)])
 
     def sampler(self, model: DiffusionModel, steps: int, w: float, samples_dir: str | None) -> tuple[Tensor, dict]:
         """One sampler: some of its samples, as many as fit in 1 GiB, and what the measures say of all of them.
 
         With `samples_dir` images are kept there as files, and what an earlier call has left is not made again.
         """
-        times = [] if model is self.model else self.timesteps
+        times, seen, kept = [] if model is self.model else self.timesteps, [], []
         options = {name: getattr(self, name) for name in ("prompts", "batch_size", "mixed_precision")}
         options |= {"w": w, "timesteps": times}
-        parts, kept = [part.tolist() for part in torch.tensor(self.seeds).split(self.batch_size)], []
         if samples_dir:
             how = [str(steps), *(f"t{t}" for t in times), *([f"w{w:g}"] if w else [])]
             folder = Path(samples_dir) / "-".join([Path(model.name).name, *how])
             sample.sample_to_folder(model, self.seeds, folder, steps, **options)
-            batches = (torch.stack([sample.read_png(folder, seed) for seed in part]) for part in parts)
+            parts = torch.tensor(self.seeds).split(self.batch_size)
+            batches = (torch.stack([sample.read_png(folder, seed) for seed in part.tolist()]) for part in parts)
         else:
             batches = sample.sample_batches(model, self.seeds, steps, **options)
-        for part, x in zip(parts, batches, strict=True):
-            self.update(x, [self.asked[seed % len(self.asked)] for seed in part if self.asked])
+        for x in batches:
+            seen += self.as_in_files(x).split(100)
             if not kept or (len(kept) + 1) * x.numel() <= 2**28:  # in float32, 2**28 numbers are 1 GiB
                 kept.append(x)
-        return torch.cat(kept), self.results()
+        asked = [self.asked[seed % len(self.asked)] for seed in self.seeds if self.asked]
+        return torch.cat(kept), self.measured(seen, asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +339,8 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     """
     teacher, reference, rows, endpoint = evaluation.model, evaluation.reference, [], None
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
-    plan += [(name, student, n, 0.0) for name, student in students.items() for n in sorted(steps)]
+    for name, student in students.items():  # whose guidance is in its weights, if its network is not told w
+        plan += [(name, student, n, w if student.takes_w else 0.0) for n in sorted(steps)]
     # All are checked before the first takes its time.
     names = {model.name for model in (teacher, *students.values())}
     shared = len({Path(name).name for name in names}) < len(names)
@@ -364,8 +361,9 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
         title = f"{name}, {sample.n_steps(n, () if model is teacher else evaluation.timesteps)}"
         bar.set_description(title)
         x, values = evaluation.sampler(model, n, guidance, samples_dir)
-        # Guidance calls the network twice a step, with the condition and without.
-        rows.append({"sampler": name, "steps": n, "evaluations": n * (2 if guidance else 1), **values})
+        # Guidance calls a teacher's network twice a step, with the condition and without.
+        calls = 2 if guidance and model is teacher else 1
+        rows.append({"sampler": name, "steps": n, "evaluations": n * calls, **values})
         # The teacher's largest number of steps comes first, and is what the others are compared with.
         if endpoint is None and model is teacher:
             endpoint = x
@@ -395,50 +393,16 @@ def print_rows(rows: Sequence[dict]) -> None:
 def print_comparison(comparison: Comparison) -> None:
     """The table, and below it what one must know to compare it with another."""
     print_rows(comparison.rows)
-    print(f"{comparison.reference}; {machine()}")
+    print(f"{comparison.reference}; {provenance()['machine']}")
 
 
-def machine() -> str:
-    """What the numbers were measured on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The approximated error, Fig. 2(c)
-#
-# A consistency function would have f(x_t, t) = f(x_s, s) for all neighbours t, s on a trajectory. The paper adds up
-# what is left of that (Eq. 6) along the trajectory, to bound how far f(x_T, T) is from the trajectory's end. That is
-# why it wants each of these errors to be small.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def true_states(teacher: DiffusionModel, noise: Tensor, cond: dict, times: Sequence[int], w: float) -> Iterator[Tensor]:
-    """x_t at `times`, which fall from N-1, on the teacher's own PF-ODE from `noise`, in its smallest DDIM steps."""
-    denoise, size = functools.partial(teacher.predict, cond=cond, w=w), len(teacher.schedule) // teacher.many_steps
-    yield noise
-    for start, end in itertools.pairwise(times):
-        t, s = (torch.full((len(noise),), time, device=noise.device) for time in (start, end))
-        noise = multiple_estimation(denoise, teacher.schedule, noise, t, s, start - end, size)
-        yield noise
-
-
-@torch.no_grad()
-def approximated_errors(
-    model: DiffusionModel, states: Iterable[Tensor], cond: dict, times: Sequence[int], end: Tensor
-) -> Tensor:
-    """The mean squares, over samples and elements, of f(x_t, t) - f(x_s, s) for each t in `times` and the next one, s;
-    and of f(x_t, t) - `end`, where `end` (B, ...) is that of the trajectories: (2, times - 1).
-
-    `states` are the x_t, as from the function above.
-    """
-    # A generator, so that only two predictions are in memory: the one for t and that for its neighbour.
-    pairs = zip(times, states, strict=True)
-    f = (model.predict(x, torch.full((len(x),), time, device=x.device), cond)[0] for time, x in pairs)
-    rows = [
-        [distance(here, other, "l2").mean().item() for other in (next_one, end)]
-        for here, next_one in itertools.pairwise(f)
-    ]
-    return torch.tensor(rows).T
+def provenance() -> dict[str, str]:
+    """What made a number: commit, versions, machine."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    versions = {name: version(name) for name in ("torch", "diffusers")}
+    cpu = f"CPU, threads: {torch.get_num_threads()}"
+    return {"commit": commit, **versions, "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,6 +440,9 @@ def main() -> None:
     """
     args = parser().parse_args()
     refuse(args.steps and args.timesteps, "--timesteps says how many steps there are: leave --steps out")
+    # Of several students each is named by its folder, or the rows could not be told apart.
+    device, alone = training.process().device, len(args.students) == 1
+    students = {"student" if alone else name: load(name).to(device) for name in args.students}
     folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = cli.read_json(record)["configuration"] if record.is_file() else {}
@@ -484,9 +451,6 @@ def main() -> None:
             refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
     args.prompts = cli.read_prompts(args.prompts)
-    # Of several students each is named by its folder, or the rows could not be told apart.
-    device, alone = training.process().device, len(args.students) == 1
-    students = {"student" if alone else name: load(name).to(device) for name in args.students}
     teacher = load(args.pretrained_teacher_model).to(device)
     same = "data num_samples split features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
@@ -497,7 +461,7 @@ def main() -> None:
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.
     out = cli.writable_folder(folder if folder.is_dir() else Path("runs") / folder.name) / "evaluation.png"
     sample.overview(teacher, comparison.samples, trained_with.get("k", 100)).save(out)
-    result = {"rows": comparison.rows, "reference": comparison.reference, "machine": machine(), "flags": vars(args)}
+    result = {"rows": comparison.rows, "reference": comparison.reference, "flags": vars(args), **provenance()}
     out.with_suffix(".json").write_text(json.dumps(result, indent=2))
     print(f"{out}  {out.with_suffix('.json')}")
 

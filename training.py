@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, send_to_device, set_seed
 from PIL import Image
 from torch import Tensor, nn
@@ -155,12 +156,40 @@ def loader(
 MARK = "run.json"  # by which a folder is known as a run's
 
 
-def run_folder(path: str | Path) -> Path:
-    """The folder of a run: a new one, or an earlier run's. Any other is refused, since parts of a model would replace
-    what lies there under the same name."""
-    folder = writable_folder(path)
-    strange = any(folder.iterdir()) and not (folder / MARK).is_file()
+def check(args: argparse.Namespace) -> None:
+    """Refuses what would end a run before its first step, and leaves nothing behind."""
+    refuse(args.lr_warmup_steps >= args.max_train_steps, "--lr_warmup_steps must be below --max_train_steps")
+    for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        refuse(parse_flag_from_env(f"ACCELERATE_USE_{other}"), f"accelerate's {other} is not supported: use its DDP")
+    trackers = ["all", *map(str, get_available_trackers())]
+    refuse(args.report_to and args.report_to not in trackers, f"--report_to {args.report_to} is none of {trackers}")
+    # accelerate's launcher gives several processes an address, and those that it really starts a size of their world.
+    several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    alone = process().num_processes != int(os.environ.get("WORLD_SIZE", 1 + several))
+    ways = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
+    refuse(alone, f"of several processes without GPUs one would run, or each alone: {ways} starts two")
+    folder = Path(args.output_dir)
+    strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
+    resumed_from(args)
+
+
+def resumed_from(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that is asked for, if there is one. Refuses to train over one that nobody spoke of."""
+    there, asked = checkpoints(Path(args.output_dir)), args.resume_from_checkpoint
+    latest = there[-1] if there else None
+    path = latest if asked == "latest" else asked and Path(asked)
+    ways = "--resume_from_checkpoint latest goes on with it, another --output_dir keeps it"
+    other = latest and (path is None or path.resolve() != latest.resolve())
+    refuse(other, f"{args.output_dir} holds {latest and latest.name} of an earlier run: {ways}")
+    refuse(path and not (path / MARK).is_file(), f"{path} is no checkpoint of this program")
+    return path
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder of a run, which from now on is known as one. Parts of a model will replace what lies there under the
+    same name, so `check` has refused any other folder that holds something."""
+    folder = writable_folder(path)
     if not (folder / MARK).is_file():
         (folder / MARK).write_text(json.dumps({"command": sys.argv}))
     return folder
@@ -185,7 +214,7 @@ class Run:
     ):
         from diffusers.optimization import get_scheduler  # diffusers takes seconds: --help must not wait for it
 
-        refuse(args.lr_warmup_steps >= args.max_train_steps, "--lr_warmup_steps must be below --max_train_steps")
+        check(args)
         self.args, self.dataset, self.step, self.folder = args, dataset, 0, run_folder(args.output_dir)
         self.accelerator = _accelerator(args)
         # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have
@@ -283,16 +312,11 @@ class Run:
         return {**fixed, "gradient_accumulation_steps": parts}
 
     def _resume(self) -> None:
-        """Goes on from the checkpoint that is asked for; refuses to train over one that nobody spoke of."""
-        there, asked = checkpoints(self.folder), self.args.resume_from_checkpoint
-        latest = there[-1] if there else None
-        path = latest if asked == "latest" else asked and Path(asked)
-        if path is None or (latest and path.resolve() != latest.resolve()):
-            ways = "--resume_from_checkpoint latest goes on with it, another --output_dir keeps it"
-            refuse(latest, f"{self.folder} holds {latest and latest.name} of an earlier run: {ways}")
+        """Goes on from the checkpoint that is asked for."""
+        path = resumed_from(self.args)
+        if path is None:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             return
-        refuse(not (path / MARK).is_file(), f"{path} is no checkpoint of this program")
         # As JSON has it, where a tuple is a list.
         theirs, ours = read_json(path / MARK), json.loads(json.dumps(self._configuration()))
         self.step = theirs.pop("step", None)
@@ -310,21 +334,13 @@ class Run:
 
 def _accelerator(args: argparse.Namespace) -> Accelerator:
     """accelerate, with the flags counting and not the environment that its launcher sets for other programs."""
-    for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        refuse(parse_flag_from_env(f"ACCELERATE_USE_{other}"), f"accelerate's {other} is not supported: use its DDP")
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_dir=args.output_dir,
         # A plugin, since a number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        dynamo_backend="no",  # --torch_compile says it
         # The loop advances the learning rate once a step. accelerate itself would do so once for each process.
         step_scheduler_with_optimizer=False,
     )
-    refuse(args.report_to and not accelerator.log_with, f"--report_to {args.report_to}: that package is not installed")
-    alone = accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1))
-    refuse(alone, "several processes without GPUs need ACCELERATE_USE_CPU=true, or they would not cooperate")
-    # On a CPU accelerate's launcher starts one process, however many it is asked for.
-    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
-        log.warning("one process runs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 starts several on CPUs")
-    return accelerator

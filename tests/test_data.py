@@ -171,6 +171,8 @@ def test_pixels_labels_and_mirror_images(tmp_path):
     (TWO | {"__MACOSX/cat/0.png": 2, "@eaDir/0.png": 2, "cat/._0.png": 2}, "cat dog", [0, 1]),
     (TWO | {"$RECYCLE.BIN/0.png": 2, "bird/readme.txt": ""}, "cat dog", [0, 1]),
     ({"train_station/0.png": 0, "valley/0.png": 1}, "train_station valley", [0, 1]),
+    ({"bullet_train/0.png": 0, "__background__/0.png": 1, "#recycle/0.png": 2}, "__background__ bullet_train", [0, 1]),
+    ({"caf\u00e9/0.png": 0, "cafe\u0301/1.png": 1}, "caf\u00e9", [0, 0]),
 ])  # fmt: skip
 def test_a_class_is_the_first_folder_that_holds_images(tmp_path, files, classes, labels):
     images = load_images(fill(tmp_path / ".hidden", files))
@@ -201,6 +203,11 @@ def test_the_test_split_is_numbered_by_the_train_split(tmp_path):
     ({"train2017/0.png": 0, "val2017/0.png": 1}, "train", "the folders train2017, val2017"),
     ({"training_set/0.png": 0, "test_set/0.png": 1}, "train", "the folders test_set, training_set"),
     ({"test/0.png": 0}, "train", "the folders test"),
+    ({"images/train/0.png": 0, "images/test/0.png": 1}, "train", "the folders test, train"),
+    ({"cat/train/0.png": 0, "cat/valid/0.png": 1}, "train", "the folders train, valid"),
+    ({"seg_train/a/0.png": 0, "seg_test/a/0.png": 1}, "train", "the folders seg_test"),
+    ({"trainA/0.png": 0, "testA/0.png": 1}, "train", "the folders testA, trainA"),
+    ({"train/0.png": 0, "bus/0.png": 1}, "train", "train beside bus: classes must lie together in"),  # a vehicle
     ({"train/0.png": 0}, "test", "no such folder: .*test"),  # never the training images in its place
     ({"cat.txt": ""}, "train", r"no images \(\.jpg, \.jpeg, \.png, \.webp\) in"),
 ])  # fmt: skip
@@ -320,7 +327,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line):
 # Shards (issue 24, points 13 and 14).
 @pytest.mark.parametrize("pattern, kept", [
     ("set/{0..1}.tar", "01"), ("set/0.tar::set/1.tar", "01"), ("set/*.tar", "01"), ("set/*.t*", "012"),
-    ("set/2.tgz", "2"), ("set/b/3.tar.gz", "3"), ("set/b", "3"), ("set", "0123"), ("split", "4"), ("a.tar", "5"),
+    ("set/2.tgz", "2"), ("set/b/3.tar.gz", "3"), ("set/b", "3"), ("set", "0123"), ("split", "4"),
 ])  # fmt: skip
 def test_how_shards_may_be_written(tmp_path, pattern, kept, monkeypatch):
     for number, name in enumerate(["0.tar", "1.tar", "2.tgz", "b/3.tar.gz"]):
@@ -328,9 +335,10 @@ def test_how_shards_may_be_written(tmp_path, pattern, kept, monkeypatch):
     fill(tmp_path / "set", {"0_stats.json": "{}"})  # img2dataset leaves such
     shard(tmp_path / "split/train/0.tar", numbered(4))
     shard(tmp_path / "split/test/0.tar", numbered(9))
-    shard(Path(fill(tmp_path / "a.tar", numbered(5))) / "backup.tar", numbered(9))
     monkeypatch.chdir(tmp_path)
     assert shown(Captions(pattern, 8)) == kept
+    with refused("they must lie in two folders"):
+        Captions(fill(tmp_path / "set", numbered(5)), 8)
 
 
 @pytest.mark.parametrize("name", [
@@ -355,7 +363,7 @@ def test_what_is_no_shard_says_how_one_is_written_and_runs_no_shell(tmp_path, na
     ({"0.jpg": 0, "1.jpg": 1, "0.txt": "0", "1.txt": "1"}, "2 skipped; .*0: no image"),
 ])  # fmt: skip
 def test_a_refusal_counts_and_says_the_rule(tmp_path, source, files, counted):
-    rule = r"a pair is 0\.jpg, .* with 0\.txt or 0\.json next to each other, and no other dot in their names"
+    rule = r"a pair is 0\.jpg, .* with 0\.txt, .* in a shard, next to each other and with no other dot in their names"
     if source is fill and {"1.txt", "0.v2.txt"} & files.keys():
         return  # are pairs in a folder, where the rule is simpler
     with refused(f"no usable pair in .*: {counted}.*{rule}"):

@@ -170,6 +170,9 @@ def test_what_would_fail_late_or_in_silence_is_refused_first(points, images, tmp
     teacher.save(model.student(model.network.state_dict(), 50), student)
     for name, flags, words in (
         ("toy:rings", [], "toy:rings"),
+        ("toy:8gaussians", ["--max_train_steps", 20], "--lr_warmup_steps"),  # and not after its teacher was fitted
+        ("toy:8gaussians", ["--report_to", "nobody"], "--report_to nobody is none of"),
+        ("toy:8gaussians", ["--resume_from_checkpoint", tmp_path / "none"], "none is no checkpoint"),
         (tmp_path / "empty", [], "no pipeline folder"),
         (student, [], "is a student"),
         (points, ["--k", 50], "--k 50 is no multiple of --solver_step 20"),
