@@ -7,26 +7,21 @@ and a forward pass can be timed by itself. What the step takes beyond its passes
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import diffusers
 import torch
-from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import distill
 import training
 from cli import program
-from evaluate import machine
+from evaluate import provenance
 from sample import n_steps, sample
 
-WARM_UP, TIMED = 3, 10  # steps that are not counted, while memory is allocated and kernels are chosen; and that are
+TIMED = 10  # steps, after those in which memory is allocated and kernels are chosen
 
 
 def forward_passes(args: argparse.Namespace) -> int:
@@ -37,32 +32,9 @@ def forward_passes(args: argparse.Namespace) -> int:
     return args.k // args.solver_step * calls + 1 + 3 + args.gradient_checkpointing
 
 
-def provenance() -> dict[str, str]:
-    """What made a number: commit, versions, machine."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "torch": torch.__version__, "diffusers": diffusers.__version__, "machine": machine()}
-
-
-def now() -> float:
-    """Seconds, at a moment when all that was asked of a GPU is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def seconds(call: Callable, times: int) -> float:
-    """What a call takes, in the mean of so many after a first one."""
+    """What a call takes, in the mean of so many after the first ones. torch's timer waits for what a GPU still does."""
     return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).timeit(times).mean
-
-
-def time_steps(distillation: distill.Distillation) -> Tensor:
-    """The seconds of TIMED steps after the warm-up, (TIMED,)."""
-    steps, ends = distillation.steps(), [now()]
-    for _ in range(WARM_UP + TIMED):
-        distillation.run.log(*next(steps))  # as distill.py does it; to read the loss is to wait for the step's end
-        ends.append(now())
-    return torch.tensor(ends, dtype=torch.float64).diff()[WARM_UP:]
 
 
 def report(distillation: distill.Distillation) -> None:
@@ -70,16 +42,20 @@ def report(distillation: distill.Distillation) -> None:
     args, teacher, n = distillation.args, distillation.teacher, distillation.args.train_batch_size
     labels, x = teacher.labels([]), torch.randn(n, *teacher.shape, device=teacher.device)
     t, cond = torch.full((n,), 999, device=x.device), teacher.condition([labels[i % len(labels)] for i in range(n)])
+    # As the solver calls it, in the precision of the training.
     with training.autocast(teacher.device, args.mixed_precision):
         forward = seconds(partial(teacher.predict, x, t, cond), TIMED)  # one pass, without guidance
-    taken = time_steps(distillation)
-    size, whole = n * args.gradient_accumulation_steps * training.process().num_processes, taken.mean().item()
-    print(f"{size / whole:.4g} samples/s, {whole:.4g} ± {taken.std():.2g} s a step of {size}")
+    steps = distillation.steps()
+    # As distill.py does it: to log the loss is to read it, and so to wait for the step's end.
+    whole = seconds(lambda: distillation.run.log(*next(steps)), TIMED)
+    size = n * args.gradient_accumulation_steps * training.process().num_processes
+    print(f"{size / whole:.4g} samples/s, {whole:.4g} s a step of {size}")
     passes = forward_passes(args)
     model = passes * forward * args.gradient_accumulation_steps  # what the passes alone would take
     print(f"cost model: {passes} forward passes of {forward:.4g} s = {model:.4g} s; ratio {whole / model:.3f}")
     if torch.accelerator.is_available():
         print(f"peak memory {torch.accelerator.max_memory_allocated() / 2**30:.3g} GiB")
+    # What the student is for: to be faster in use than the teacher by the ratio of their steps, or twice that with w.
     student, many = distillation.student(), teacher.many_steps
     draws = {f"student, {n_steps(k)}": partial(sample, student, range(n), k) for k in distill.STEPS}
     draws[f"teacher, {n_steps(many)}"] = partial(sample, teacher, range(n), many, w=args.guidance_w)
@@ -93,7 +69,7 @@ def main() -> None:
     """Times a run that leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
         args, teacher = distill.configure(["--output_dir", folder, *sys.argv[1:]])
-        args.max_train_steps, args.lr_warmup_steps = WARM_UP + TIMED, 0
+        args.max_train_steps, args.lr_warmup_steps = 2 * TIMED, 0  # enough: the rest is not asked for
         report(distill.Distillation(args, teacher))
 
 

@@ -7,6 +7,7 @@ trained in one thread, so that its numbers depend neither on the machine's cores
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import re
@@ -15,8 +16,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +32,8 @@ import teacher
 import training
 from cli import writable_folder
 from data import POINTS
-from evaluate import Evaluation, print_rows
-from experiments.bench import forward_passes, provenance
+from evaluate import Evaluation, print_rows, provenance
+from experiments.bench import forward_passes
 from sample import n_steps
 from teacher import DiffusionModel
 from toy import plots
@@ -70,7 +71,8 @@ def quality(place: Bench, student: DiffusionModel) -> dict[str, float]:
     values = {}
     for n in distill.STEPS:
         samples, distances = place.sampler(student, n, 0.0, None)
-        if n == 1:  # with more steps the first noise does not decide the sample, and there is no map
+        # With more steps fresh noise goes in between: the first one does not decide the sample, and there is no map.
+        if n == 1:
             errors = (samples - place.endpoint).flatten(1).norm(dim=1)
             values |= {"map error": errors.mean().item(), "map error, 95 %": errors.quantile(0.95).item()}
         values |= {f"{name}, {n_steps(n)}": value for name, value in distances.items()}
@@ -83,10 +85,9 @@ def quality(place: Bench, student: DiffusionModel) -> dict[str, float]:
 
 
 class Findings(NamedTuple):
-    """The rows of each student, by variant and seed; and the first one's teacher."""
+    """The rows of each student, by variant and seed."""
 
     rows: dict[str, list[list[dict]]]
-    teacher: DiffusionModel
 
     def of(self, variant: str, column: str) -> Tensor:
         """(seeds, times) or, where a row holds a list, (seeds, times, length)."""
@@ -126,9 +127,8 @@ class Findings(NamedTuple):
         return plots.curves(*(plots.Panel(column, x, "", self.lines(column, x), **style) for column, x in asked))
 
     def dots(self) -> Image.Image:
-        """A panel for each column of QUALITY, at most four in a row, with a line for each variant."""
-        columns, summary = self.columns(QUALITY), self.summary()
-        return plots.below(*(plots.dots(summary, columns[i : i + 4]) for i in range(0, len(columns), 4)))
+        """A panel for each column of QUALITY, with a line for each variant."""
+        return plots.dots(self.summary(), self.columns(QUALITY))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,16 +161,10 @@ class Job(NamedTuple):
 
     experiment: Experiment
     name: str  # of its variant
-    seed: int
     flags: list[str]  # of distill.py
     fit: list[str]  # of teacher.py, or none for a teacher that exists
     args: argparse.Namespace  # the experiment's flags
-
-    @property
-    def key(self) -> str:
-        """By which a finished student is known after an interruption."""
-        args = self.args
-        return json.dumps([self.name, self.flags, args.budget, args.num_samples, args.features, args.reference_data])
+    file: Path  # where the result is written, and found after an interruption
 
 
 def fit_teacher(job: Job) -> None:
@@ -179,16 +173,19 @@ def fit_teacher(job: Job) -> None:
     with contextlib.redirect_stderr(io.StringIO()):  # one progress bar for all is enough
         model = teacher.new_model(args, **variant.network)
         teacher.train(args, model, model.dataset(args))
-    if variant.claims:
-        config = Path(args.output_dir, "scheduler", "scheduler_config.json")
-        config.write_text(config.read_text().replace(args.prediction_type, variant.claims))
+    if variant.claims:  # as if weights had been converted with a wrong config
+        model.scheduler.register_to_config(prediction_type=variant.claims)
+        teacher.save(model, Path(args.output_dir))
 
 
-def distil(job: Job) -> dict:
-    """Trains a student. The result has a row for each time that it is measured."""
+def distil(job: Job) -> None:
+    """Trains a student, or finds it trained. The result has a row for each time that it is measured."""
+    if job.file.is_file():
+        return
     begin, rows, since = time.perf_counter(), [], []
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         args, model = distill.configure([*job.flags, "--output_dir", folder])
+        # Students of different k are compared at equal cost: a longer sub-path means fewer steps.
         args.max_train_steps = max(1, job.args.budget // forward_passes(args))
         against = job.args.reference_data or args.data, job.args.num_samples, args.guidance_w
         options = {"features": job.args.features, "mixed_precision": args.mixed_precision}
@@ -202,31 +199,23 @@ def distil(job: Job) -> dict:
                 row |= dict(zip(TRAINING, torch.tensor(since).mean(0).tolist(), strict=True))  # since the last row
                 rows.append(row | job.experiment.measure(place, distillation.student()))
                 since.clear()
-        if job.args.keep and not job.seed:
-            teacher.save(distillation.student(), Path(job.args.out) / slug(job.name))
     minutes = (time.perf_counter() - begin) / 60
-    return {"key": job.key, "rows": rows, "references": place.references, "minutes": minutes}
+    draft = job.file.with_suffix(".tmp")  # renamed when it is complete
+    draft.write_text(json.dumps({"rows": rows, "references": place.references, "minutes": minutes}))
+    draft.rename(job.file)
 
 
-def slug(text: str) -> str:
-    """The text as the name of a folder."""
-    return re.sub(r"[^\w.]+", "-", text).strip("-")
-
-
-def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int, what: str) -> Iterator:
-    """What the function makes of each job, as they are done. To stop iterating cancels those not yet begun."""
+def run_jobs(function: Callable[[Job], None], jobs: list[Job], processes: int, what: str) -> None:
+    """Calls the function with each job."""
+    # Students are small: two processes with a thread each do more than one with two.
     torch.set_num_threads(1)
     bar = functools.partial(tqdm, desc=what, total=len(jobs), leave=False)
     if processes == 1:
-        yield from bar(map(function, jobs))
+        list(bar(map(function, jobs)))
         return
     # "spawn": a forked process would inherit the threads of torch, which then wait for each other forever.
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(function, job) for job in jobs]
-        try:
-            yield from bar(future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        list(bar(pool.map(function, jobs)))  # an error, or Ctrl-C, cancels those that have not begun
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,6 +225,7 @@ def run_jobs(function: Callable[[Job], object], jobs: list[Job], processes: int,
 
 def jobs_of(experiment: Experiment, args: argparse.Namespace, others: list[str], work: Path) -> list[Job]:
     """All students. Where a flag comes twice the later counts, which is the variant's."""
+    # Of points a hundred students are compared, where distill.py's default makes one: so the batches are small.
     common, jobs = ["--pretrained_teacher_model", args.pretrained_teacher_model, *others], []
     if args.pretrained_teacher_model.startswith(POINTS):
         common = ["--train_batch_size", "128", *common]
@@ -243,50 +233,49 @@ def jobs_of(experiment: Experiment, args: argparse.Namespace, others: list[str],
         common += ["--train_batch_size", "16", "--lr_warmup_steps", "0"]
     for name in args.only or experiment.variants:
         variant = experiment.variants[name]
-        for seed in range(args.seeds):
-            flags, fit = [*common, *variant.flags.split(), "--seed", str(seed)], []
+        for seed in map(str, range(args.seeds)):
+            flags, fit = [*common, *variant.flags.split(), "--seed", seed], []
             source = distill.parser().parse_args(flags).pretrained_teacher_model
             if source.startswith(POINTS):  # each seed has a teacher of its own, with other starting weights and data
                 quick = "--max_train_steps 30 --train_batch_size 32 --lr_warmup_steps 0" if args.quick else ""
-                fit = ["--data", source, "--seed", str(seed), *quick.split(), *variant.teacher.split()]
+                fit = ["--data", source, "--seed", seed, *quick.split(), *variant.teacher.split()]
                 # Students whose teachers are made alike share one.
                 source = str(work / slug(f"{fit} {variant.network} {variant.claims}"))
                 fit += ["--output_dir", source]
             flags += ["--pretrained_teacher_model", source]
-            jobs.append(Job(experiment, name, seed, flags, fit, args))
+            jobs.append(Job(experiment, name, flags, fit, args, work / f"{slug(name)}-{seed}.json"))
     return jobs
+
+
+def slug(text: str) -> str:
+    """The text as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
 def perform(experiment: Experiment, args: argparse.Namespace, others: list[str]) -> None:
     """Trains and measures the students, prints, draws and writes.
 
-    What an interrupted call has finished lies in a folder of its own. The next one at the same commit goes on from it
-    and removes it when all is written.
+    What an interrupted call has finished lies in a folder of its own: on images, an experiment takes hours. The same
+    command at the same commit goes on from it, and removes it when all is written.
     """
-    origin = provenance()
-    work = writable_folder(WORK / f"{args.name}-{origin['commit']}")
-    jobs, file = jobs_of(experiment, args, others, work), work / "students.jsonl"
+    origin = {"command": f"python -m experiments {shlex.join(sys.argv[1:])}", **provenance()}
+    digest = hashlib.sha1(json.dumps(origin).encode()).hexdigest()
+    work = writable_folder(WORK / f"{args.name}-{digest[:12]}")
+    jobs = jobs_of(experiment, args, others, work)
     teachers = {job.fit[-1]: job for job in jobs if job.fit}  # first: two processes must not both fit the same
-    list(run_jobs(fit_teacher, list(teachers.values()), args.processes, "teachers"))
-    file.touch()
-    done = {result["key"]: result for result in map(json.loads, file.read_text().splitlines())}
-    missing = [job for job in jobs if job.key not in done]
-    for result in run_jobs(distil, missing, args.processes, "students"):
-        done[result["key"]] = result
-        with open(file, "a") as lines:
-            lines.write(json.dumps(result) + "\n")
-    rows, results = {job.name: [] for job in jobs}, [done[job.key] for job in jobs]
+    run_jobs(fit_teacher, list(teachers.values()), args.processes, "teachers")
+    run_jobs(distil, jobs, args.processes, "students")
+    rows, results = {job.name: [] for job in jobs}, [json.loads(job.file.read_text()) for job in jobs]
     for job, result in zip(jobs, results, strict=True):
         rows[job.name].append(result["rows"])
-    found, table = Findings(rows, teacher.load(jobs[0].flags[-1])), []
+    found, table = Findings(rows), []
     for name, values in found.summary().items():
         cells = {c: f"{mean:.3g} ± {deviation:.2g}" for c, (mean, deviation) in values.items() if c not in TRAINING}
         table.append({"student": name, "steps": rows[name][0][-1]["step"], **cells})
     print_rows(table)
     experiment.picture(found).save(f"{args.out}.png")
-    minutes = sum(result["minutes"] for result in results)
-    record = {"command": f"python -m experiments {shlex.join(sys.argv[1:])}", **origin, "minutes": minutes}
-    record |= {"flags": vars(args), "students": {name: experiment.variants[name].flags for name in rows}}
+    record = {**origin, "minutes": sum(result["minutes"] for result in results), "flags": vars(args)}
+    record |= {"students": {name: experiment.variants[name].flags for name in rows}}
     record |= {"references": results[0]["references"], "summary": found.summary(), "rows": rows}
     Path(f"{args.out}.json").write_text(json.dumps(record, indent=1))
     print(f"{results[0]['references']}\n{args.out}.png  {args.out}.json")

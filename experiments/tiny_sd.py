@@ -31,7 +31,7 @@ from experiments.features import fit
 from splam import distance
 from teacher import StableDiffusion, train
 
-# A command line that is read before what was typed.
+# A command line that is read before what was typed. An hour with checkpoints: the same command goes on after a stop.
 RECIPE = (
     "--max_train_steps 4500 --train_batch_size 64 --learning_rate 1e-3 --lr_scheduler cosine --max_grad_norm 1"
     " --mixed_precision bf16 --resume_from_checkpoint latest --output_dir runs/tiny-sd"
@@ -73,6 +73,7 @@ class CLIP(nn.Module):
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
+        # Two layers of 64 units: the captions are ten words in five phrases.
         widths = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}
         depth = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
         # The text model takes a caption's embedding from the place of the end token, so it must know the ids.
@@ -114,7 +115,8 @@ class AutoEncoder(nn.Module):
         self.vae = AutoencoderKL(**blocks, **widths, mid_block_add_attention=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction, and a little of the usual pull towards a standard normal posterior."""
+        """Reconstruction, and a little of the usual pull towards a standard normal posterior. More of it would blur the
+        images, and these latents only have to be such that a U-Net can learn them."""
         posterior = self.vae.encode(x).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample
         return distance(decoded, x, "huber").mean() + 1e-5 * posterior.kl().mean() / x[0].numel()
@@ -159,6 +161,7 @@ def main() -> None:
         set_seed(args.seed)  # of the initial weights
         return argparse.Namespace(**{**vars(args), "output_dir": str(folder / name), **flags})
 
+    # Mirrored, which doubles the images for text encoder and VAE. The shards hold them as they are.
     images = load_images(args.data, mirror=True)
     write_shards(images, Path(args.shards))
     # Kept: made again after an interruption, it might number the tokens otherwise than the trained text encoder.
@@ -169,6 +172,7 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(kept)
     text_encoder = train_text_encoder(stage("training-clip", max_train_steps=args.clip_steps), images, tokenizer)
     vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
+    # Without a safety checker and its feature extractor, the two None: there is nothing to check in ten classes.
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
     options = {"prediction_type": args.prediction_type, "steps_offset": 1, "clip_sample": False}
     unet = stage("")

@@ -53,7 +53,7 @@ def test_samples_have_the_moments_of_the_mixture(name):
         (squares, torch.eye(2)),
         (noise[:, :, None] * shares[:, None], 0),
     ):
-        assert ((values.mean(0) - expected).abs() < 5 * values.std(0) / math.sqrt(n)).all()  # 5 standard errors
+        assert ((values.mean(0) - expected).abs() <= 5 * values.std(0) / math.sqrt(n)).all()  # 5 standard errors
 
 
 @pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if DISTRIBUTIONS[name].num_classes])
@@ -113,7 +113,7 @@ def ideal(name, x, t):
 
 
 @pytest.mark.parametrize("k", [20, 100])
-@each_distribution
+@pytest.mark.parametrize("name", sorted({*DISTRIBUTIONS} - {"gaussian"}))  # one Gaussian's trajectories are straight
 def test_the_sub_path_that_is_shown_is_bent_and_its_line_a_chord_in_z(name, k):
     noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
     path = plots.sub_path(partial(ideal, name), SCHEDULE, noise, k)

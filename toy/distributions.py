@@ -73,7 +73,7 @@ class GaussianMixture:
             alpha = torch.full((len(x), 1), 1 / math.hypot(1, rho), dtype=torch.float64)
             return self.eps(alpha * torch.from_numpy(z).view(-1, 2), alpha, rho * alpha, label, w).flatten().numpy()
 
-        z, rho = (x / alpha).double().flatten().cpu().numpy(), (sigma / alpha).item()
+        z, rho = (x / alpha).cpu().double().flatten().numpy(), (sigma / alpha).item()
         path = solve_ivp(slope, (rho, 0), z, "DOP853", rtol=1e-7, atol=1e-7).y  # (2 B, the solver's times)
         return torch.from_numpy(path[:, -1]).view(-1, 2).to(x)
 
@@ -102,6 +102,7 @@ def _checkerboard() -> GaussianMixture:
 
 
 DISTRIBUTIONS = {
+    "gaussian": GaussianMixture(torch.zeros(1, 2), 1.0),  # of which all is known: docs/equations.md, note 16
     "8gaussians": GaussianMixture(_on_circle(torch.arange(8) * math.pi / 4), 0.08, classes=torch.arange(8)),
     "moons": _moons(0.06),
     "clouds": _moons(0.25),  # so wide that the two classes overlap

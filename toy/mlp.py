@@ -40,8 +40,11 @@ class PointMLP(nn.Module, ConfigMixin):
         ideal: bool = False,
     ):
         super().__init__()
+        # t as sines and cosines of many frequencies, then two layers. Both have diffusers' names, since splam.py puts
+        # its embedding of γ between them, in any network.
         self.time_proj = Timesteps(time_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(time_dim, width)
+        # The number after the last class stands for "no class", which guidance needs.
         self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
         self.first = nn.Linear(2, width)
         self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
@@ -50,10 +53,12 @@ class PointMLP(nn.Module, ConfigMixin):
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Output:
         """x (B, 2), times (B,) or one time, which need not be whole, and class numbers (B,) if it has classes."""
+        # t need not be whole: improved.py tells a student times between those of the schedule.
         emb = self.time_embedding(self.time_proj(timestep.expand(len(sample))))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
         h = self.first(sample)
+        # Each layer adds to h what it makes of h and of the condition, as a U-Net's residual blocks do.
         for inner, outer in zip(self.inner, self.outer, strict=True):
             h = h + outer(silu(inner(silu(h + emb))))
         return Output(sample=self.last(silu(h)))
@@ -61,6 +66,7 @@ class PointMLP(nn.Module, ConfigMixin):
     def save_pretrained(self, folder: str | Path) -> None:
         """Config and weights, into `folder`."""
         self.save_config(folder)
+        # contiguous: safetensors writes memory as it lies, and refuses views.
         save_file({name: w.contiguous() for name, w in self.state_dict().items()}, Path(folder) / self.weights_name)
 
     @classmethod

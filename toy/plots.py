@@ -1,11 +1,8 @@
 """Plots of the 2-D toy and of the experiments. Each function returns a PIL image, made to be read 830 pixels wide.
 
-    overview   batches of points; below them the PF-ODE with a sub-path and its line, which `sub_path` finds
-    curves     measured numbers over time, k or γ, with their spread
-    dots       measured numbers by name, with their spread
-    below      several of these as one picture
-
-All have the same width, so that they can stand one below the other.
+overview   batches of points; below them the PF-ODE with a sub-path and its line, which `sub_path` finds
+curves     measured numbers over time, k or γ, with their spread
+dots       measured numbers by name, with their spread
 """
 
 import io
@@ -40,10 +37,10 @@ def _rendered(figure: plt.Figure) -> Image.Image:
     return Image.open(buffer)
 
 
-def _panels(figure, n: int, most: int) -> list[plt.Axes]:
+def _panels(figure, n: int, most: int, **options) -> list[plt.Axes]:
     """n axes of a figure or of a part of one, in as few rows as `most` in a row allow, and these of equal length."""
     rows = math.ceil(n / most)
-    axes = figure.subplots(rows, math.ceil(n / rows), squeeze=False).flat
+    axes = figure.subplots(rows, math.ceil(n / rows), squeeze=False, **options).flat
     for unused in axes[n:]:
         unused.set_axis_off()
     return axes[:n]
@@ -212,21 +209,13 @@ def curves(*panels: Panel) -> Image.Image:
 
 
 def dots(summary: dict[str, dict[str, tuple[float, float]]], columns: Sequence[str]) -> Image.Image:
-    """A panel for each column of {name: {column: (mean, deviation)}}, with a line for each name."""
-    size = (WIDTH, 0.6 + 0.2 * len(summary))  # inches: room for lines of text
-    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, column in zip(axes.flat, columns, strict=True):
+    """A panel for each column of {name: {column: (mean, deviation)}}, at most four in a row, with a line for each
+    name."""
+    rows = math.ceil(len(columns) / 4)
+    figure = plt.figure(figsize=(WIDTH, rows * (0.6 + 0.2 * len(summary))), layout="constrained")  # lines of text
+    for axis, column in zip(_panels(figure, len(columns), 4, sharey=True), columns, strict=True):
         mean, deviation = zip(*(values[column] for values in summary.values()), strict=True)
         axis.errorbar(mean, list(summary), xerr=deviation, fmt="o", ms=4, ecolor="C3", capsize=2)
-        axis.set(title=column, xlim=(0, None))
+        axis.set(title=column, xlim=(0, None), ylim=(len(summary) - 0.5, -0.5))  # the first name comes first
         axis.grid(axis="y", alpha=0.3)
-    axes.flat[0].invert_yaxis()  # the axis is shared by all panels; the first name comes first
     return _rendered(figure)
-
-
-def below(*pictures: Image.Image) -> Image.Image:
-    """One picture of several, one below the other."""
-    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    return whole
