@@ -6,6 +6,7 @@
     fig3               what the guidance scale w buys and costs
     tab3               LCM, DL and SL; also with what this project adds
     appb               the linear and the Markov σ: which is right, what it changes
+    gaussian           where training ends, reached beside predicted, if the data are one Gaussian
 
     decides-width      whether SPLAM or LCM is ahead, by one change at a time: the network's width,
     decides-grid       times where sub-paths start and end,
@@ -29,12 +30,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from experiments.laboratory import QUALITY, TRAINING, Bench, Experiment, Findings, Variant, quality
 from sample import SeededNoise
 from splam import METRICS, SIGMA_FORMS, Denoiser, Schedule, multiple_estimation, sub_path_point
 from teacher import DiffusionModel, PointModel
+from toy import plots
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The students. What no variant changes is distill.py's default: k = 100 in five solver steps, 50 starts, huber.
@@ -241,6 +244,42 @@ def residual(model: PointModel, solver: Callable, solver_step: int, form: str, t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where training ends, if the data are one Gaussian: docs/equations.md, note 16
+#
+# There every student is linear, F(z) = G z, and so is the map to be distilled, G*. The note predicts G/G* in closed
+# form on Stable Diffusion's schedule, for a student that has trained without end.
+# ---------------------------------------------------------------------------------------------------------------------
+
+PREDICTED = {
+    "LCM, k = 20": ("--ode lcm --k 20", 0.9729),
+    "LCM": ("--ode lcm", 0.9729),
+    "SPLAM": ("", 0.9729),
+    "SPLAM, t', k = 20": ("--improved time --k 20", 0.9669),
+    "SPLAM, t', half": ("--improved time half", 0.9618),
+    "SPLAM, t'": ("--improved time", 0.9405),
+    "SPLAM, t', Markov σ": ("--improved time --sigma markov", 0.375),
+}
+ONE_GAUSSIAN = Variant("--pretrained_teacher_model ideal:gaussian --metric l2 --lr_scheduler cosine")
+ONE_GAUSSIAN = ONE_GAUSSIAN._replace(teacher="--beta_start 0.00085 --beta_end 0.012")
+GAUSSIAN = each({name: flags for name, (flags, _) in PREDICTED.items()}, {"": ONE_GAUSSIAN})
+
+
+def shrinkage(place: Bench, student: DiffusionModel) -> dict[str, float]:
+    """1 - G/G*, by how much a student pulls samples to the mean."""
+    samples, end = place.sampler(student, 1, 0.0, None)[0], place.endpoint
+    return {"1 - G/G*": 1 - ((samples * end).sum() / end.square().sum()).item()}
+
+
+def beside_prediction(found: Findings) -> Image.Image:
+    """What the seeds reached, over what is predicted; on the diagonal both are the same."""
+    lines = {"as predicted": ([0.02, 0.7], [0.02, 0.7], None)}
+    for name in found.rows:
+        reached = found.of(name, "1 - G/G*")[:, -1].tolist()
+        lines[name] = [1 - PREDICTED[name][1]] * len(reached), reached, None
+    return plots.curves(plots.Panel("data of one Gaussian: 1 - G/G*", "predicted", "reached", lines, xscale="log"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The experiments
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -268,5 +307,6 @@ EXPERIMENTS = {
     "decides-solver": Experiment(SOLVER),
     "decides-metric": Experiment(METRIC),
     "decides-rate": Experiment(RATE),
+    "gaussian": Experiment(GAUSSIAN, beside_prediction, shrinkage, defaults={"seeds": 3, "budget": 45000}),
     "symptoms": Experiment(SYMPTOMS, partial(Findings.curves, over=SEEN), at=TWELFTHS, defaults={"seeds": 2}),
 }
