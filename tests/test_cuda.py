@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 from conftest import save, unet
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from test_sdxl import POOLED, xl
 from test_stable_diffusion import pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
@@ -15,17 +16,19 @@ import splam
 from improved import ToldTheTime
 from sample import sample
 from splam import Schedule, SubPathStudent
-from teacher import StableDiffusion, load
+from teacher import StableDiffusion, StableDiffusionXL, load
 from toy.distributions import GaussianMixture
 from toy.mlp import PointMLP
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch was built without CUDA")
-KINDS = ["points", "ideal points", "images", "text-to-image"]
+KINDS = ["points", "ideal points", "images", "text-to-image", "SDXL"]
 
 
 def model_of(kind, tmp_path):
     if kind == "text-to-image":
         return StableDiffusion(pipeline(), "tiny")
+    if kind == "SDXL":
+        return StableDiffusionXL(xl(), "tiny")
     if kind == "images":
         return load(str(save(tmp_path, unet(classes=3))))
     return load(str(save(tmp_path, PointMLP(width=8, num_class_embeds=3, distribution="moons", ideal="ideal" in kind))))
@@ -46,9 +49,13 @@ class CopyToGpu(TorchFunctionMode):
             return torch.empty(args[0].shape, dtype=args[0].dtype, device="cuda")
 
 
-def encoded(pipeline, texts, device, *_):
-    shape = len(texts), pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
-    return torch.empty(shape, device=device), None
+def encoded(pipeline, prompt, device, **_):
+    """Embeddings with and without condition; of SDXL also the pooled ones, whose widths test_sdxl.py has."""
+    shape = len(prompt), pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
+    found = [torch.empty(shape, device=device)] * 2
+    if hasattr(pipeline, "text_encoder_2"):
+        found += [torch.empty(len(prompt), POOLED, device=device)] * 2
+    return found
 
 
 @pytest.fixture
@@ -58,7 +65,8 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(GaussianMixture, "num_classes", 2)  # which it computes from values
-    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encoded)  # which looks at the tokens' values
+    for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        monkeypatch.setattr(pipeline_class, "encode_prompt", encoded)  # which looks at the tokens' values
     monkeypatch.setattr(Schedule, "__deepcopy__", lambda schedule, memo: schedule, raising=False)  # stays on the CPU
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -79,7 +87,7 @@ def test_a_guided_step_of_algorithm_1_stays_on_the_gpu(tmp_path, on_gpu, kind, p
         student = student_class(real.copy_network(), real.schedule, real.prediction_type)
         labels = real.labels([])[:2]
     teacher, student, target = on_gpu(real), on_gpu(student), on_gpu(student)
-    x = torch.empty(2, 3, 16, 16, device="cuda") if kind == "text-to-image" else torch.empty(2, *teacher.shape).cuda()
+    x = torch.empty(2, *((3, 16, 16) if teacher.kind == "text-to-image" else teacher.shape), device="cuda")
     with torch.autocast("cuda", precision):
         x0, cond = teacher.prepare(x, labels)
         draws = splam.draw(x0, 1000, 50, torch.Generator())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import losses, one_line, unet
 from conftest import save as save_parts
-from diffusers import DDIMScheduler, DDPMPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
@@ -141,6 +141,15 @@ def test_a_teacher_learns_noise_or_velocity_and_drops_a_tenth_of_its_labels(tmp_
     assert abs(dropped[t < 500].mean() - dropped[t >= 500].mean()) < 0.02  # whatever the time is
 
 
+def test_the_flags_of_the_noise_are_those_of_diffusers_scheduler():
+    for flags, betas in (
+        ("", {}),
+        (" --beta_start 0.00085 --beta_end 0.012", {"beta_start": 0.00085, "beta_end": 0.012}),
+    ):
+        model = teacher.new_model(teacher.parse(f"--data toy:moons --beta_schedule linear{flags}".split()))
+        assert torch.allclose(model.schedule.alpha**2, DDPMScheduler(**betas).alphas_cumprod, rtol=1e-5)
+
+
 def test_a_saved_teacher_is_the_average_of_its_weights(images, tmp_path, call, monkeypatch):
     """Also: --resolution and --block_out_channels shape the network, and --class_conditional adds a label for none."""
     averages, update = [], teacher.ema_update
@@ -194,6 +203,14 @@ def test_what_samples_in_few_steps_is_a_student(tmp_path, kind):
     assert (sample.default_sampler(model), model.original_inference_steps) == (("lcm", 40) if kind else ("ddim", 50))
 
 
+def test_a_variant_is_read_by_its_name(tmp_path):
+    folder = save_parts(tmp_path, unet())
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace("model.", "model.fp16."))
+    found = load(str(folder), variant="fp16").network.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
 REFUSED = {
     "no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "cannot read"),
     "image variations": (edit(INDEX, _class_name="StableDiffusionImageVariationPipeline"), "a StableDiffusionImageV"),
@@ -202,13 +219,13 @@ REFUSED = {
     "a scheduler of elsewhere": (edit(INDEX, scheduler=["evil", "DDPMScheduler"]), "cannot load"),
     "torn weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"garbage" * 50), "cannot load"),
     "a missing weight": (without_a_weight, "no weights for some"),
-    "a pickle": (lambda f: (f / WEIGHTS).rename(f / "unet/diffusion_pytorch_model.bin"), "only *.safetensors"),
-    "a variant": (lambda f: (f / WEIGHTS).rename(f / WEIGHTS.replace("model.", "model.fp16.")), "no variant"),
+    "a pickle": (lambda f: (f / WEIGHTS).rename(f / "unet/diffusion_pytorch_model.bin"), "*.bin are not read"),
+    "a variant": (lambda f: (f / WEIGHTS).rename(f / WEIGHTS.replace("model.", "model.fp16.")), "--variant fp16"),
     "no size": (edit(UNET, sample_size=None), "of size None"),
     "no square": (edit(UNET, sample_size=[8, 16]), "squares are needed"),
     "greys": (lambda folder: save_parts(folder, unet(in_channels=1, out_channels=1)), "1 channels"),
     "more than x_t": (lambda folder: save_parts(folder, unet(in_channels=9)), "takes 9 channels and returns 3"),
-    "classes as times": (edit(UNET, class_embed_type="timestep"), "class_embed_type of 'timestep'"),
+    "classes as times": (edit(UNET, class_embed_type="timestep"), "has class_embed_type 'timestep'"),
     "flow matching": (scheduled("FlowMatchEulerDiscreteScheduler"), "a FlowMatchEulerDiscreteScheduler"),
     "flow in a solver": (scheduled("UniPCMultistepScheduler", use_flow_sigmas=True), "of flow matching perhaps"),
     "x_0 as it is said today": (edit(SCHEDULER, prediction_type="sample"), "predicts 'sample'"),
@@ -243,7 +260,7 @@ def test_a_mistyped_folder_is_refused_without_the_hub_and_what_the_hub_has_not_t
     assert isinstance(load(str(save_parts(tmp_path / "models/points", PointMLP(width=8)))), PointModel)
     status, _, err = call(sample.main, "nobody/nothing")
     assert status == 2 and "cannot load nobody/nothing" in one_line(err)
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(teacher, "hf_hub_download", lambda *a, **options: pytest.fail("the hub was asked"))
     for name in ("runs/cifar-studnt", "models/cifar", "student", "./student", "a/b/c", f"{tmp_path}/x", "models/empty"):
         status, _, err = call(sample.main, name)
         assert status == 2 and name.removeprefix("./") in one_line(err), err
