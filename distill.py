@@ -347,12 +347,14 @@ def finish(
 # How others sample the student. At a guidance_scale other than 1 diffusers would guide what has its guidance in the
 # weights.
 USAGE = {
-    "prompts": """pipe = DiffusionPipeline.from_pretrained("{student}")
-pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
-    "lora": """pipe = DiffusionPipeline.from_pretrained("{teacher}")
+    "full": """from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{student}")
+image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+    "lora": """from diffusers import DiffusionPipeline, LCMScheduler
+pipe = DiffusionPipeline.from_pretrained("{teacher}")
 pipe.scheduler = LCMScheduler.from_pretrained("{student}", subfolder="scheduler")
 pipe.load_lora_weights("{student}")
-pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
 }
 
 
@@ -369,7 +371,7 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
     use = f"python sample.py {name} --steps 4"
     if teacher.default_prompts:
-        how = USAGE["lora" if args.lora_rank else "prompts"]
+        how = USAGE["lora" if args.lora_rank else "full"]
         use = how.format(student=name, teacher=teacher.name, prompt=teacher.default_prompts[0])
     method = f"--ode {args.ode} --k {args.k} --guidance_w {args.guidance_w:g}"
     method += f" --improved {' '.join(args.improved)}" if args.improved else ""

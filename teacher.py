@@ -312,8 +312,8 @@ class ImageModel(DiffusionModel):
         """Images by class, each also as its mirror image, as squares of the network's size."""
         images = data.load_images(args.data, resolution=self.resolution, mirror=True)
         known, what = self.null_label, f"{args.data} has {len(images.classes)} classes"
-        too_many = known is not None and len(images.classes) > known
-        refuse(too_many, f"{what}, and {self.name} knows {known}: the last of its class embeddings must mean no class")
+        other = known is not None and len(images.classes) != known
+        refuse(other, f"{what}, and {self.name} knows {known}: the last of its class embeddings must mean no class")
         return images
 
 

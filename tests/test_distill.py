@@ -164,7 +164,7 @@ def test_the_default_folder_is_named_after_teacher_and_method(points, tmp_path, 
 def test_what_would_fail_late_or_in_silence_is_refused_first(points, images, tmp_path, call):
     (tmp_path / "empty").mkdir()
     image_teacher = save(tmp_path / "image_teacher", unet(size=16))
-    two_classes = save(tmp_path / "two_classes", unet(classes=2, size=32))
+    two_classes, four_classes = (save(tmp_path / str(n), unet(classes=n, size=32)) for n in (2, 4))
     learned = save(tmp_path / "learned", unet(time_embedding_type="learned", num_train_timesteps=1000))
     model, student = teacher.load(str(points)), tmp_path / "student"
     teacher.save(model.student(model.network.state_dict(), 50), student)
@@ -191,6 +191,7 @@ def test_what_would_fail_late_or_in_silence_is_refused_first(points, images, tmp
         (image_teacher, ["--data", tmp_path / "empty"], "no images"),
         (image_teacher, ["--data", images, "--resolution", 32], "of 16 pixels"),
         (two_classes, ["--data", images], "3 classes, and"),
+        (four_classes, ["--data", images], "3 classes, and"),  # whose numbers may mean others
     ):
         out = tmp_path / "out"
         status, _, err = call(distill.main, "--pretrained_teacher_model", name, "--output_dir", out, *flags)

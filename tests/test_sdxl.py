@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_a_variant_is_read_in_float32_and_named_where_it_is_missing(tmp_path, ca
 
 def test_the_hub_is_asked_for_the_revision(folder, monkeypatch):
     name, asked, read = folder(), [], Pipeline.from_pretrained
+    monkeypatch.setattr(teacher, "HfApi", Mock())
     monkeypatch.setattr(teacher, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or f"{name}/model_index.json")
     monkeypatch.setattr(
         Pipeline, "from_pretrained", lambda *a, **k: asked.append((a, k)) or read(name, dtype=torch.float32)

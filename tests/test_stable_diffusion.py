@@ -3,8 +3,10 @@
 import argparse
 import io
 import json
+import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers import LatentConsistencyModelPipeline as LCMPipeline
 from diffusers import StableDiffusionPipeline as Pipeline
 from diffusers import UNet2DConditionModel as UNet
+from huggingface_hub import ModelCard
 from PIL import Image
 from test_teacher import INDEX, SCHEDULER, UNET, edit
 
@@ -166,17 +169,21 @@ def test_the_vae_encodes_a_few_images_at_a_time(folder):
         ("epsilon", ["--lora_rank", "2"]),
     ],
 )
-def test_a_student_loads_in_stock_diffusers_and_samples_alike(folder, captions, tmp_path, call, prediction_type, more):
-    """Full or LoRA; 1 and 4 steps; and guidance_scale above 1 is diffusers' for any plain model."""
+def test_a_student_samples_alike_by_what_its_card_says(
+    folder, captions, tmp_path, call, prediction_type, more, monkeypatch
+):
+    """Full or LoRA, in stock diffusers, in 1 and 4 steps. The card has the licence of the teacher's."""
     teacher, out = folder(prediction_type), tmp_path / "out"
+    Path(teacher, "README.md").write_text("---\nlicense: openrail++\n---\n")
     status, _, err = call(distill.main, *flags(teacher, captions, out), *more)
     assert status == 0, err
-    if "--lora_rank" in more:
-        stock = Pipeline.from_pretrained(teacher)
-        stock.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
-        stock.scheduler = LCMScheduler.from_pretrained(out / "scheduler")
-    else:
-        stock = Pipeline.from_pretrained(out)
+    card, script = ModelCard.load(out / "README.md"), {}
+    assert (card.data.license, card.data.library_name) == ("openrail++", "diffusers")
+    assert {"splam", "text-to-image"} <= {*card.data.tags} and ("lora" in card.data.tags) == ("--lora_rank" in more)
+    monkeypatch.chdir(tmp_path)  # where the student's name is that of a folder
+    exec(re.search("```python\n(.*?)```", card.text, re.DOTALL)[1], script)
+    stock = script["pipe"]
+    assert script["image"].size == (16, 16) and isinstance(stock.scheduler, LCMScheduler)
     stock.set_progress_bar_config(disable=True)
     student, before = load(str(out)), pipeline(prediction_type).unet.state_dict()
     assert any((student.network.state_dict()[name] - weight).abs().max() > 1e-4 for name, weight in before.items())
