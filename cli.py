@@ -136,6 +136,7 @@ def read_prompts(values: list[str]) -> list[str]:
     """Prompts from the command line: the values themselves, or the lines of a single value that ends in .txt."""
     if len(values) != 1 or not values[0].endswith(".txt"):
         return values
+    # utf-8-sig: Windows' editors begin a file with a mark, which would become a part of the first prompt.
     lines = [line.strip() for line in Path(values[0]).read_text(encoding="utf-8-sig").splitlines()]
     prompts = [line for line in lines if line]
     refuse(not prompts, f"no prompts in {values[0]}")
@@ -159,6 +160,7 @@ def read_json(file: Path) -> dict:
 
 def writable_folder(path: str | Path) -> Path:
     """The folder, made if need be. Refused now rather than after hours, when the first result is to be written."""
+    # A file of that name ends here too, by mkdir's own error.
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     refuse(not os.access(folder, os.W_OK), f"cannot write to {folder}")

@@ -295,6 +295,7 @@ def main() -> None:
         evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, prompts=args.prompts)
     distillation = Distillation(args, teacher)
     run = distillation.run
+    # Algorithm 1 runs here. All else in this function is about what is left of it.
     for step, loss in distillation.steps():
         # Every process must reach these two, since they wait for each other inside. Only the main one samples.
         run.log(step, loss)
@@ -366,8 +367,10 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     # The licence of a teacher whose own card names one is the student's too.
     card = folder / "README.md"
     licence = ModelCard.load(card).data.license if card.is_file() else None
+    # An id, which the Hub links. A folder's name would be a broken link there.
     hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
     tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
+    # The front matter, by which the Hub files a model.
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
     use = f"python sample.py {name} --steps 4"
     if teacher.default_prompts:

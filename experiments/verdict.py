@@ -110,7 +110,6 @@ OURS = [
     Claim("ours", "all three, Huber, {} L2", AHEAD, f"{HALF}: huber", f"{HALF}: l2", METRIC),
     Claim("ours", "t', linear σ, {} Markov σ", AHEAD, "SL, t', k = 100", "SL, exact σ, t', k = 100"),
 ]
-CLAIMS = PAPER + OURS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +192,7 @@ def sentence(claim: Claim) -> str:
 
 def holds(claim: Claim) -> str:
     """Whether all measures are in the claim's favour, none, or some. Those with too few seeds do not count."""
+    # One measure against a claim is enough for "partly": a claim of the paper knows no data set.
     verdicts = [verdict for measure in MEASURES if (verdict := decide(claim, measure))]
     fits = [verdict.word in FITTING[claim.says] for verdict in verdicts if verdict.word != FEW]
     if not fits:
@@ -216,17 +216,17 @@ def table(title: str, claims: Sequence[Claim]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def picture() -> plt.Figure:
+def picture(claims: Sequence[Claim]) -> plt.Figure:
     """A line for each claim, and at its end whether it holds. Where the claim says that the ratio is, it is grey."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 0.31 * len(CLAIMS) + 1), layout="constrained")
-    for y, claim in enumerate(CLAIMS):
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.31 * len(claims) + 1), layout="constrained")
+    for y, claim in enumerate(claims):
         side = {AHEAD: (0.01, 1), BEHIND: (1, 100), LEVEL: (0.9, 1.1), NOT_BEHIND: (0.01, 1.1)}[claim.says]
         axis.fill_betweenx([y - 0.42, y + 0.42], *side, color="0.93", lw=0)
         axis.text(1.02, y, holds(claim), va="center", transform=axis.get_yaxis_transform())
     for i, measure in enumerate(MEASURES):
         style = {"color": ["C0", "C1", "C2", "C4"][i], "marker": MARKERS[i]}  # C3 is a grey
         axis.plot([], [], ls="", label=measure, **style)
-        for y, claim in enumerate(CLAIMS):
+        for y, claim in enumerate(claims):
             if verdict := decide(claim, measure):
                 height = y + 0.22 * (i - (len(MEASURES) - 1) / 2)
                 axis.plot(verdict.ratios, [height] * len(verdict.ratios), ls="", ms=2, alpha=0.6, **style)
@@ -235,23 +235,23 @@ def picture() -> plt.Figure:
                 axis.plot(verdict.mean, height, ms=4.5, mfc=face, **style)
                 axis.plot([verdict.low, verdict.high], [height] * 2, color=style["color"], lw=1.2)
     axis.axvline(1, color="black", lw=1)
-    axis.axhline(len(PAPER) - 0.5, color="black", lw=1)  # below it are this project's claims
     axis.grid(axis="x", alpha=0.3)
-    axis.set(xscale="log", xlim=(0.2, 12), ylim=(len(CLAIMS) - 0.5, -0.5))
+    axis.set(xscale="log", xlim=(0.2, 12), ylim=(len(claims) - 0.5, -0.5))
     axis.set_xlabel("← A ahead      ratio of errors, A / B      A behind →")
     axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.set_xticks([], minor=True)
-    axis.set_yticks(range(len(CLAIMS)), map(sentence, CLAIMS))
+    axis.set_yticks(range(len(claims)), map(sentence, claims))
     figure.legend(loc="outside upper right", ncols=len(MEASURES))
     return figure
 
 
 @program
 def main() -> None:
-    """Prints the tables for README.md, and draws results/verdict.png."""
+    """Prints the tables for README.md, and draws a picture of each in results/."""
     Parser(prog="python -m experiments.verdict", description=__doc__.splitlines()[2]).parse_args()
     print(table("The paper", PAPER), table("This project", OURS), sep="\n\n")
-    picture().savefig(RESULTS / "verdict.png", dpi=160)
+    for name, claims in {"verdict": PAPER, "verdict-ours": OURS}.items():
+        picture(claims).savefig(RESULTS / f"{name}.png", dpi=160)
 
 
 if __name__ == "__main__":
