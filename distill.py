@@ -345,18 +345,18 @@ def finish(
     print(f"{folder}/overview.png  {record}")
 
 
-# How others sample the student. At a guidance_scale other than 1 diffusers would guide what has its guidance in the
-# weights.
-USAGE = {
+# How others sample the student, which stands in its card.
+LOAD = {
     "full": """from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("{student}")
-image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+pipe = DiffusionPipeline.from_pretrained("{student}")""",
     "lora": """from diffusers import DiffusionPipeline, LCMScheduler
 pipe = DiffusionPipeline.from_pretrained("{teacher}")
 pipe.scheduler = LCMScheduler.from_pretrained("{student}", subfolder="scheduler")
-pipe.load_lora_weights("{student}")
-image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]""",
+pipe.load_lora_weights("{student}")""",
 }
+SAMPLE = """
+# Its guidance is in its weights: another guidance_scale would guide it twice.
+image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]"""
 
 
 def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
@@ -374,7 +374,7 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
     use = f"python sample.py {name} --steps 4"
     if teacher.default_prompts:
-        how = USAGE["lora" if args.lora_rank else "full"]
+        how = LOAD["lora" if args.lora_rank else "full"] + SAMPLE
         use = how.format(student=name, teacher=teacher.name, prompt=teacher.default_prompts[0])
     method = f"--ode {args.ode} --k {args.k} --guidance_w {args.guidance_w:g}"
     method += f" --improved {' '.join(args.improved)}" if args.improved else ""
