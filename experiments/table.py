@@ -101,7 +101,7 @@ FIRST = {"LCM": "--ode lcm", "SPLAM, t', half": "--improved time half"}
 SECOND = {"LCM, second order": "--ode lcm --improved second_order", "SPLAM, t', half, second order": "--improved"}
 SOLVER = each(FIRST, {": DDIM x 5": "", ": DDIM x 2": "--solver_step 50"})
 SOLVER |= each(SECOND, SAME | {", k = 200": "--k 200"})
-METRIC = each(SECOND, {f": {metric}": f"--metric {metric}" for metric in METRICS})
+METRIC = each(SECOND | {"SPLAM": ""}, {f": {metric}": f"--metric {metric}" for metric in METRICS})
 RATE = each(SECOND, {f": {rate}": f"--learning_rate {rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3")})
 
 # A healthy student, and others with one mistake each. guidance_scale 1 is w = 0. The students with a w have two classes
@@ -305,7 +305,7 @@ EXPERIMENTS = {
     "decides-teacher": Experiment(TEACHER),
     "decides-recipe": Experiment(RECIPE),
     "decides-solver": Experiment(SOLVER),
-    "decides-metric": Experiment(METRIC),
+    "decides-metric": Experiment(METRIC, at=(1 / 8, 1)),
     "decides-rate": Experiment(RATE),
     "gaussian": Experiment(GAUSSIAN, beside_prediction, shrinkage, defaults={"seeds": 3, "budget": 45000}),
     "symptoms": Experiment(SYMPTOMS, partial(Findings.curves, over=SEEN), at=TWELFTHS, defaults={"seeds": 2}),
