@@ -1,8 +1,8 @@
 """What every program needs to speak with a person: one clear line for bad input, flags, files.
 
 The rule for checks is the same everywhere. Before the work begins, a program refuses what would otherwise give a wrong
-result in silence, or fail after hours. Everything else is left to the library that meets it, whose error is shown as
-one line. Our own mistakes keep their traceback.
+result in silence, or fail after hours. Everything else is left to the library that meets it. What is foreseen of that
+is shown as one line. Our own mistakes keep their traceback.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         except (OSError, torch.OutOfMemoryError) as error:
             _end(f"{error} (SPLAM_TRACEBACK=1 shows where)".splitlines()[0], 1, error)
         except KeyboardInterrupt as error:
-            _end("interrupted: --resume_from_checkpoint latest goes on with training", 130, error)
+            _end("interrupted (training goes on by --resume_from_checkpoint latest)", 130, error)
 
     return wrapped
 

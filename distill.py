@@ -49,8 +49,8 @@ STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    # 2-D points: half a minute. A network this small takes a large learning rate. A closing table costs seconds here,
-    # so there is one.
+    # 2-D points: half a minute beside that of their teacher. A network this small takes a large learning rate. A closing
+    # table costs seconds here, so there is one.
     "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
     # Pixels: minutes of a laptop. So short a run gains from a rate that falls to 0. bf16 is faster where the processor
     # knows it. There is no closing table, since images are measured by a feature extractor: evaluate.py makes it.
@@ -295,7 +295,7 @@ def main() -> None:
         evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, prompts=args.prompts)
     distillation = Distillation(args, teacher)
     run = distillation.run
-    # Algorithm 1 runs here. All else in this function is about what is left of it.
+    # Algorithm 1 runs here. All else in this function saves, measures and shows.
     for step, loss in distillation.steps():
         # Every process must reach these two, since they wait for each other inside. Only the main one samples.
         run.log(step, loss)
@@ -325,7 +325,8 @@ def finish(
     """
     folder, many = Path(args.output_dir), teacher.many_steps
     record = folder / "metrics.json"
-    metrics = {"configuration": {**vars(args), "pretrained_teacher_model": teacher.name}, **provenance()}
+    configuration = {name: value for name, value in vars(args).items() if name != "free"}
+    metrics = {"configuration": configuration | {"pretrained_teacher_model": teacher.name}, **provenance()}
     # First: whatever happens below, the student is there, and a LoRA with the record that names its teacher.
     save(student, folder)
     record.write_text(json.dumps(metrics, indent=2))
@@ -370,7 +371,6 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     # An id, which the Hub links. A folder's name would be a broken link there.
     hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
     tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
-    # The front matter, by which the Hub files a model.
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
     use = f"python sample.py {name} --steps 4"
     if teacher.default_prompts:

@@ -46,6 +46,9 @@ log = logging.getLogger("evaluate")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+MOST_POINTS = 2048  # of each side in W2: an assignment's time grows with n³
+
+
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """Exact W2 of two equally large sets of points (n, d), in data units: the best pairing's root mean square
     distance.
@@ -63,7 +66,7 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 def point_distance(reference: Tensor, batches: Sequence[Tensor], prompts: Sequence) -> dict[str, float]:
     """W2 to the reference points."""
     samples = torch.cat(list(batches))
-    n = min(len(samples), len(reference), 2048)  # the assignment's time grows with n³
+    n = min(len(samples), len(reference), MOST_POINTS)
     return {"W2": wasserstein2(samples[:n], reference[:n])}
 
 
@@ -141,14 +144,16 @@ def clip_score(model: nn.Module, processor: Callable, batches: Sequence[Tensor],
 
     (torchmetrics has this score too, but its version 1.9 takes neither LAION's CLIPs nor transformers 5.)
     """
+    if not prompts:
+        return {}
     cosines, longest = [], model.config.text_config.max_position_embeddings
     # Of a longer text CLIP sees the beginning.
     options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-    for images in batches if prompts else ():
+    for images in batches:
         texts = prompts[len(cosines) : len(cosines) + len(images)]
         outputs = model(**processor(text=texts, images=list(images), **options).to(model.device))
         cosines += (outputs.image_embeds * outputs.text_embeds).sum(1).tolist()  # of length 1 each
-    return {"CLIP": sum(cosines) / len(cosines)} if cosines else {}
+    return {"CLIP": sum(cosines) / len(cosines)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ class Features(nn.Sequential):
     num_features = 256  # torchmetrics asks for it
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return super().forward(pixels.float() / 127.5 - 1)
+        return super().forward(to_range(pixels))
 
 
 class Classifier(nn.Module):
@@ -372,7 +377,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
         samples[title] = x
     words = [f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"]
     words += [f"against {len(reference)} samples of {evaluation.data} ({evaluation.split})"]
-    words += [f"features: {evaluation.features}"] if len(teacher.shape) > 1 else []
+    words += [f"features: {evaluation.features}" if len(teacher.shape) > 1 else f"W2 of at most {MOST_POINTS}"]
     words += [f"CLIP: {evaluation.clip_model}"] if evaluation.clip_model else []
     return Comparison(rows, samples, ", ".join(words))
 

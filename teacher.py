@@ -117,7 +117,7 @@ class DiffusionModel:
         alphas, kind = getattr(self.scheduler, "alphas_cumprod", None), type(self.scheduler).__name__
         # Solvers that can do both keep α and σ of a diffusion also where they are set to the straight lines of a flow.
         flow = alphas is None or noise.get("use_flow_sigmas")
-        refuse(flow, f"{name} has a {kind}, of flow matching perhaps: α and σ of Eq. 1 are needed")
+        refuse(flow, f"{name} has a {kind}, of flow matching perhaps: an α and a σ with α² + σ² = 1 are needed")
         # predict_epsilon is how old folders say it, and what diffusers reads no longer.
         prediction = "sample" if noise.get("predict_epsilon") is False else noise.get("prediction_type")
         refuse(prediction not in ("epsilon", "v_prediction"), f"{name} predicts {prediction!r}, not epsilon or v")
@@ -138,7 +138,7 @@ class DiffusionModel:
     # -- data, labels and conditions ----------------------------------------------------------------------------------
 
     def resize(self, resolution: int | None) -> None:
-        """Makes it a model of images of another size, where the network allows that."""
+        """Makes it a model of images of another size; of those that cannot be, BadInput."""
         other = resolution not in (None, self.resolution)
         refuse(other, f"--resolution {resolution}: {self.name} makes {self.kind} of {self.resolution or 'no'} pixels")
 

@@ -158,16 +158,18 @@ MARK = "run.json"  # by which a folder is known as a run's
 
 def check(args: argparse.Namespace) -> None:
     """Refuses what would end a run before its first step, and leaves nothing behind."""
-    refuse(args.lr_warmup_steps >= args.max_train_steps, "--lr_warmup_steps must be below --max_train_steps")
+    warm_up, steps = args.lr_warmup_steps, args.max_train_steps
+    refuse(warm_up >= steps, f"--lr_warmup_steps {warm_up} must be below --max_train_steps {steps}")
     for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         refuse(parse_flag_from_env(f"ACCELERATE_USE_{other}"), f"accelerate's {other} is not supported: use its DDP")
     trackers = ["all", *map(str, get_available_trackers())]
     refuse(args.report_to and args.report_to not in trackers, f"--report_to {args.report_to} is none of {trackers}")
-    # accelerate's launcher gives several processes an address, and those that it really starts a size of their world.
-    several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
-    alone = process().num_processes != int(os.environ.get("WORLD_SIZE", 1 + several))
+    # Without GPUs, `accelerate launch` sets an address for several processes and starts one; and those that torchrun
+    # starts do not find each other, unless accelerate is told that they have no GPUs.
+    one_of_several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    asked = int(os.environ.get("WORLD_SIZE", 2 if one_of_several else 1))
     ways = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
-    refuse(alone, f"of several processes without GPUs one would run, or each alone: {ways} starts two")
+    refuse(process().num_processes != asked, f"several processes without GPUs work together only by {ways}")
     folder = Path(args.output_dir)
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
@@ -261,7 +263,8 @@ class Run:
     def log(self, step: int, loss: Tensor) -> None:
         """One line of metrics.jsonl, and the progress bar. Every process must call this: they average their losses.
 
-        `loss` is that of the step's last micro-batch. BadInput, on all processes, if it is not finite.
+        `loss` is that of the step's last micro-batch. BadInput, on all processes, if it or the gradient is not
+        finite.
         """
         values = {"loss": self.accelerator.reduce(loss.detach(), "mean").item(), "grad_norm": self.norm.item()}
         values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]

@@ -197,7 +197,9 @@ def holds(claim: Claim) -> str:
     fits = [verdict.word in FITTING[claim.says] for verdict in verdicts if verdict.word != FEW]
     if not fits:
         return FEW if verdicts else "not tested"
-    return "yes" if all(fits) else "partly" if any(fits) else "no"
+    if all(fits):  # that no difference was seen does not show that there is none
+        return "not contradicted" if claim.says == LEVEL else "yes"
+    return "partly" if any(fits) else "no"
 
 
 def cell(verdict: Verdict | None) -> str:
@@ -220,7 +222,7 @@ def picture(claims: Sequence[Claim]) -> plt.Figure:
     """A line for each claim, and at its end whether it holds. Where the claim says that the ratio is, it is grey."""
     figure, axis = plt.subplots(figsize=(WIDTH, 0.31 * len(claims) + 1), layout="constrained")
     for y, claim in enumerate(claims):
-        side = {AHEAD: (0.01, 1), BEHIND: (1, 100), LEVEL: (0.9, 1.1), NOT_BEHIND: (0.01, 1.1)}[claim.says]
+        side = {AHEAD: (0.01, 1), BEHIND: (1, 100), LEVEL: (1, 1), NOT_BEHIND: (0.01, 1)}[claim.says]
         axis.fill_betweenx([y - 0.42, y + 0.42], *side, color="0.93", lw=0)
         axis.text(1.02, y, holds(claim), va="center", transform=axis.get_yaxis_transform())
     for i, measure in enumerate(MEASURES):
