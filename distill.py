@@ -49,7 +49,7 @@ STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    # 2-D points: half a minute beside that of their teacher. A network this small takes a large learning rate. A closing
+    # 2-D points: half a minute beside that of the teacher. A network this small takes a large learning rate. A closing
     # table costs seconds here, so there is one.
     "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
     # Pixels: minutes of a laptop. So short a run gains from a rate that falls to 0. bf16 is faster where the processor

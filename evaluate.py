@@ -451,11 +451,12 @@ def main() -> None:
     folder = Path(args.students[0])
     record = folder / "metrics.json"
     trained_with = cli.read_json(record)["configuration"] if record.is_file() else {}
+    recorded = {} if args.pretrained_teacher_model else trained_with  # of another teacher it does not know
+    how = {option: getattr(args, option) or recorded.get(option) for option in LOAD_OPTIONS}
     for name in ("pretrained_teacher_model", "data", "guidance_w"):
         if getattr(args, name) is None:
             refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")
             setattr(args, name, trained_with[name])
-    how = {option: getattr(args, option) or trained_with.get(option) for option in LOAD_OPTIONS}
     args.prompts = cli.read_prompts(args.prompts)
     teacher = load(args.pretrained_teacher_model, **how).to(device)
     same = "data num_samples split features clip_model resolution seed prompts batch_size mixed_precision timesteps"

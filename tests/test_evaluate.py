@@ -269,6 +269,7 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
     teacher, out = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False))), tmp_path / "student"
     save_model(teacher.student(teacher.network.state_dict(), 50), out)
     record = {"pretrained_teacher_model": str(tmp_path / "t"), "data": "toy:moons", "guidance_w": 0.0, "k": 20}
+    record |= {"revision": "v1"}
     (out / "metrics.json").write_text(json.dumps({"configuration": record}))
     w2 = {}
     for times in ([999, 499], [999, 899], []):
@@ -280,7 +281,17 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
         w2[tuple(times)] = with_student["W2"]
     assert w2[999, 499] == w2[()] != w2[999, 899]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load", lambda name: load({"someone/student": str(out)}.get(name, name)))
+    revisions = []
+
+    def from_hub(name, revision=None, **options):
+        revisions.append(revision)
+        return load({"someone/student": str(out)}.get(name, name))
+
+    monkeypatch.setattr(evaluate, "load", from_hub)
+    for typed in ([], ["--pretrained_teacher_model", tmp_path / "t"]):  # the revision is that of the recorded teacher
+        status, _, err = call(evaluate.main, out, "--num_samples", 8, "--steps", 1, "--teacher_steps", 1, *typed)
+        assert status == 0, err
+    assert revisions == [None, "v1", None, None]
     flags = ["--pretrained_teacher_model", tmp_path / "t", "--data", "toy:moons", "--guidance_w", 0, "--num_samples", 8]
     status, printed, err = call(evaluate.main, "someone/student", *flags, "--steps", 1, "--teacher_steps", 1)
     assert status == 0 and not (tmp_path / "someone").exists() and "runs/student/evaluation.png" in printed, err

@@ -271,7 +271,7 @@ def test_claims_are_decided_from_the_records(tmp_path, monkeypatch):
     assert words("ahead of", "A", "B", measure="W2, 4 steps", larger_is_better=True) == (["ahead"], "yes")
     assert words("behind", "B", "A", measure="W2, 4 steps") == (["ahead"], "no")
     assert words("not behind", "B", "A", measure="W2, 4 steps") == (["ahead"], "yes")
-    assert words("level with", "A / A", "B / B") == (["level", "level"], "yes")
+    assert words("level with", "A / A", "B / B") == (["level", "level"], "not contradicted")
     assert words("ahead of", "A", "C") == ([], "not tested")
     assert words("ahead of", "A", "B", "new") == (["too few seeds"], "too few seeds")
     claim = verdict.Claim("Table 9", "", "ahead of", "A / B", "B / A", "old", "W2, 4 steps")
