@@ -212,10 +212,11 @@ def cell(verdict: Verdict | None) -> str:
 
 def table(title: str, claims: Sequence[Claim]) -> str:
     """In Markdown, a row for each claim."""
-    lines = [[title, *MEASURES, "holds"], ["---"] * (len(MEASURES) + 2)]
+    rows = [[title, *MEASURES, "holds"]]
     for claim in claims:
-        lines.append([sentence(claim), *(cell(decide(claim, measure)) for measure in MEASURES), holds(claim)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([sentence(claim), *(cell(decide(claim, measure)) for measure in MEASURES), holds(claim)])
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
 
 
 def picture(claims: Sequence[Claim]) -> plt.Figure:
