@@ -139,11 +139,8 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}{'' if first.improved is None else '-improved'}"
     own = Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve()
     refuse(own, f"--output_dir {output_dir} is the teacher's own folder: the student would take its place")
-    fit = None
-    if name.startswith(POINTS):  # a teacher of points is fitted here, below, when all flags are known to be good
-        fit = ["--data", name, "--output_dir", f"{output_dir}/teacher", "--resume_from_checkpoint", "latest"]
-        fit += ["--seed", str(first.seed), "--mixed_precision", first.mixed_precision]
-        fit = teacher_flags([*fit, *(["--class_conditional"] if first.guidance_w else [])])  # w needs labels
+    # A teacher of points is fitted here, below, when all flags are known to be good.
+    fit = point_teacher_flags(first, output_dir) if name.startswith(POINTS) else None
     teacher = new_model(fit) if fit else load(name, **{option: getattr(first, option) for option in LOAD_OPTIONS})
     teacher.resize(first.resolution)
     p.set_defaults(data=teacher.default_data)
@@ -159,6 +156,13 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
         training.run_folder(output_dir)
         train(fit, teacher, teacher.dataset(fit))
     return args, teacher
+
+
+def point_teacher_flags(args: argparse.Namespace, output_dir: str) -> argparse.Namespace:
+    """How teacher.py fits a teacher of points, in a folder below that of its student."""
+    flags = ["--data", args.pretrained_teacher_model, "--output_dir", f"{output_dir}/teacher", "--seed", str(args.seed)]
+    flags += ["--mixed_precision", args.mixed_precision, "--resume_from_checkpoint", "latest"]
+    return teacher_flags([*flags, *(["--class_conditional"] if args.guidance_w else [])])  # w needs labels
 
 
 def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
