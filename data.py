@@ -203,6 +203,9 @@ def split_folder(folder: str | Path, split: str) -> Path:
         beside = sorted({parts[0] for parts in inside if parts} - {"train"})
         classes = beside and not any(map(SPLIT.fullmatch, beside))
         refuse(classes, f"{folder} has train beside {', '.join(beside[:3])}: classes must lie together in {root}")
+        within = {parts[1] for parts in inside if parts[:1] == ("train",) and len(parts) > 1}
+        nested = within and all(map(SPLIT.fullmatch, within))
+        refuse(nested, f"{root} holds splits, {', '.join(sorted(within))}: it is to hold classes")
         return root
     others = sorted({part for parts in inside for part in parts if SPLIT.fullmatch(part)})
     refuse(others, f"{folder} has the folders {', '.join(others)}: what is to be trained on must be in {root}")

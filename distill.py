@@ -13,6 +13,7 @@ norm and learning rate of each step) and the last checkpoint.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -153,6 +154,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     check(args, teacher)
     training.check(args)
     if fit:  # one that is there already has no step left
+        teacher.dataset(args)  # refuses data of another kind
         training.run_folder(output_dir)
         train(fit, teacher, teacher.dataset(fit))
     return args, teacher
@@ -184,6 +186,9 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
         log.warning(off)
     # Eq. 18 subtracts a prediction without condition. A teacher that was never trained to make one has none.
     refuse(args.guidance_w and not teacher.conditional, f"--guidance_w: {teacher.name} has no labels to be guided by")
+    texts = bool(teacher.default_prompts)
+    refuse(args.lora_rank and not texts, "--lora_rank is for models that are prompted by texts")
+    refuse(args.max_train_samples and texts, "--max_train_samples: captions are a stream. --data names fewer shards")
     if "time" in args.improved and args.ode != "lcm":
         learned = teacher.network.config.get("time_embedding_type") == "learned"
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")
@@ -334,7 +339,6 @@ def finish(
     # First: whatever happens below, the student is there, and a LoRA with the record that names its teacher.
     save(student, folder)
     record.write_text(json.dumps(metrics, indent=2))
-    (folder / "README.md").write_text(model_card(args, teacher))
     if evaluation:
         comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
         print_comparison(comparison)
@@ -347,39 +351,43 @@ def finish(
         samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
     shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row
     overview(teacher, shown, args.k).save(folder / "overview.png")
+    # errors: names of files need not be text.
+    (folder / "README.md").write_text(model_card(args, teacher), encoding="utf-8", errors="replace")
     print(f"{folder}/overview.png  {record}")
 
 
 # How others sample the student, which stands in its card.
 LOAD = {
     "full": """from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("{student}")""",
+pipe = DiffusionPipeline.from_pretrained({student!r})""",
     "lora": """from diffusers import DiffusionPipeline, LCMScheduler
-pipe = DiffusionPipeline.from_pretrained("{teacher}")
-pipe.scheduler = LCMScheduler.from_pretrained("{student}", subfolder="scheduler")
-pipe.load_lora_weights("{student}")""",
+pipe = DiffusionPipeline.from_pretrained({teacher!r}, variant={variant!r})
+pipe.scheduler = LCMScheduler.from_pretrained({student!r}, subfolder="scheduler")
+pipe.load_lora_weights({student!r})""",
 }
 SAMPLE = """
 # Its guidance is in its weights: another guidance_scale would guide it twice.
-image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]"""
+image = pipe({prompt!r}, num_inference_steps=4, guidance_scale=1).images[0]"""
 
 
 def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     """What the Hub shows of a student: front matter, where it comes from, and how it is sampled."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    name, folder = Path(args.output_dir).name, Path(teacher.name)
-    # The licence of a teacher whose own card names one is the student's too.
-    card = folder / "README.md"
-    licence = ModelCard.load(card).data.license if card.is_file() else None
+    name, folder, licence = Path(args.output_dir).resolve().name, Path(teacher.name), None
+    # The licence of a teacher whose own card names one is the student's too. Others wrote that card, in any form.
+    if (folder / "README.md").is_file():
+        with contextlib.suppress(Exception):
+            licence = ModelCard.load(folder / "README.md").data.license
     # An id, which the Hub links. A folder's name would be a broken link there.
     hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
     tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
-    use = f"python sample.py {name} --steps 4"
+    use = f"# python sample.py {shlex.quote(name)} --steps 4"
     if teacher.default_prompts:
         how = LOAD["lora" if args.lora_rank else "full"] + SAMPLE
-        use = how.format(student=name, teacher=teacher.name, prompt=teacher.default_prompts[0])
+        prompt = teacher.default_prompts[0]
+        use = how.format(student=name, teacher=teacher.name, variant=args.variant, prompt=prompt)
     method = f"--ode {args.ode} --k {args.k} --guidance_w {args.guidance_w:g}"
     method += f" --improved {' '.join(args.improved)}" if args.improved else ""
     made_by = ", ".join(f"{key} {value}" for key, value in provenance().items())
@@ -393,7 +401,11 @@ in {args.max_train_steps} steps. Its scheduler is the LCMScheduler.
 {use}
 ```
 
-Made by `python {shlex.join(sys.argv)}`; {made_by}.
+Made by the following command; {made_by}.
+
+```
+python {shlex.join(sys.argv)}
+```
 """
 
 

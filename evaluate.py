@@ -352,7 +352,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     refuse(samples_dir and shared, f"--samples_dir: two would share a folder, of {', '.join(sorted(names))}")
     for name, model, n, guidance in plan:
         sample.check_steps(model, n, timesteps=() if model is teacher else evaluation.timesteps, w=guidance)
-        other = (model.kind, model.null_label) != (teacher.kind, teacher.null_label)
+        other = (type(model), model.null_label) != (type(teacher), teacher.null_label)
         refuse(other, f"{name} and its teacher are of different kinds, or know different numbers of classes")
     # A data set's files are sorted by class, so that its first samples would all be of one.
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(evaluation.seed))
@@ -452,7 +452,7 @@ def main() -> None:
     record = folder / "metrics.json"
     trained_with = cli.read_json(record)["configuration"] if record.is_file() else {}
     recorded = {} if args.pretrained_teacher_model else trained_with  # of another teacher it does not know
-    how = {option: getattr(args, option) or recorded.get(option) for option in LOAD_OPTIONS}
+    how = {option: recorded.get(option) for option in LOAD_OPTIONS}
     for name in ("pretrained_teacher_model", "data", "guidance_w"):
         if getattr(args, name) is None:
             refuse(name not in trained_with, f"{record} does not say with which --{name} the student was distilled")

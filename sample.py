@@ -271,8 +271,6 @@ def add_arguments(parser: Parser) -> None:
     flag("--prompts", nargs="+", default=[], help="texts, or a .txt file with one a line, or class labels")
     flag("--batch_size", type=positive, help="samples at a time (default: by kind of model)")
     flag("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
-    for option, words in LOAD_OPTIONS.items():
-        flag(f"--{option}", help=words)
     # LCM's times were chosen for Stable Diffusion's schedule. docs/images.md has measured others on another one.
     flag("--timesteps", type=count, nargs="+", default=[], help="of a student, falling (default: LCM's, for --steps)")
 
@@ -289,6 +287,8 @@ def parser() -> Parser:
     flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
     flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
+    for option, words in LOAD_OPTIONS.items():
+        flag(f"--{option}", help=words)
     return p
 
 

@@ -508,7 +508,7 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     local = folder.exists() or len(folder.parts) != 2 or folder.parts[0] == "runs" or Path(folder.parts[0]).exists()
     refuse(local and not folder.is_dir(), f"no such folder: {name}")
     if (folder / LORA_FILE).is_file():
-        return _load_lora(folder)
+        return _load_lora(folder, **options)
     file = folder / "model_index.json"
     refuse(local and not file.is_file(), f"{name} is no pipeline folder of diffusers")
     if local and not any(folder.glob(f"*/*.{options.get('variant')}.*")):
@@ -516,7 +516,7 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     if not local:
         where = {"revision": options.get("revision")}
         # Asked once whether it is there. A download would ask six times, for half a minute.
-        if not try_to_load_from_cache(name, file.name, **where):
+        if not _by_library(try_to_load_from_cache, name, filename=file.name, **where):
             _by_library(HfApi().model_info, name, **where)
         file = _by_library(hf_hub_download, name, filename=file.name, **where)
     index = read_json(file)
@@ -524,6 +524,8 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
     names = ", ".join(name for kind in KINDS[1:] for name in kind.pipelines)
     refuse(not kinds, f"{name} is a {found[0]}, and what can be a teacher here is: {names}")
+    other_vae = options.get("pretrained_vae_model_name_or_path")
+    refuse(other_vae and kinds[0].kind != "text-to-image", f"--pretrained_vae_model_name_or_path: {name} has no VAE")
     return kinds[0].load(name, **options)
 
 
@@ -552,12 +554,12 @@ def _by_library(call: Callable, name: str | Path, **options):
         raise BadInput(f"cannot load {name}: {type(error).__name__}: {first_line}{hint}") from error
 
 
-def _load_lora(folder: Path) -> DiffusionModel:
+def _load_lora(folder: Path, **options: str | None) -> DiffusionModel:
     """The teacher that the run's record names, with the LoRA added to its weights."""
     from diffusers import LCMScheduler
 
     configuration = read_json(folder / "metrics.json")["configuration"]
-    options = {option: configuration.get(option) for option in LOAD_OPTIONS}
+    options = {option: options.get(option) or configuration.get(option) for option in LOAD_OPTIONS}
     model = load(configuration["pretrained_teacher_model"], **options)
     model.resize(configuration.get("resolution"))
     model.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)

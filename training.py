@@ -132,7 +132,6 @@ def loader(
     options = {"batch_size": None, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
     options["generator"] = torch.Generator()  # or the loader would draw one of the numbers that dropout gets
     if isinstance(dataset, Captions):
-        refuse(limit, "--max_train_samples: captions are a stream without end. Let --data name fewer shards")
         return iter(DataLoader(dataset.batches(batch_size, seed * 2**31 + first, rank, world), **options))
 
     order = torch.arange(len(dataset))
@@ -166,13 +165,15 @@ def check(args: argparse.Namespace) -> None:
     refuse(args.report_to and args.report_to not in trackers, f"--report_to {args.report_to} is none of {trackers}")
     # Without GPUs, `accelerate launch` sets an address for several processes and starts one; and those that torchrun
     # starts do not find each other, unless accelerate is told that they have no GPUs.
-    one_of_several = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
-    asked = int(os.environ.get("WORLD_SIZE", 2 if one_of_several else 1))
+    launched = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
+    asked = int(os.environ.get("WORLD_SIZE", 2 if launched and not torch.cuda.is_available() else 1))
     ways = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
     refuse(process().num_processes != asked, f"several processes without GPUs work together only by {ways}")
     folder = Path(args.output_dir)
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
+    older = list(folder.glob("checkpoint-*[0-9]"))
+    refuse(older, f"{folder} holds {len(older)} checkpoints where an older version of this program has left them")
     resumed_from(args)
 
 
@@ -322,7 +323,7 @@ class Run:
             return
         # As JSON has it, where a tuple is a list.
         theirs, ours = read_json(path / MARK), json.loads(json.dumps(self._configuration()))
-        self.step = theirs.pop("step", None)
+        self.step = theirs.pop("step")
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         what = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing)
         refuse(differing, f"{path} is of another configuration: {what}")

@@ -206,6 +206,7 @@ def test_the_test_split_is_numbered_by_the_train_split(tmp_path):
     ({"images/train/0.png": 0, "images/test/0.png": 1}, "train", "the folders test, train"),
     ({"cat/train/0.png": 0, "cat/valid/0.png": 1}, "train", "the folders train, valid"),
     ({"seg_train/a/0.png": 0, "seg_test/a/0.png": 1}, "train", "the folders seg_test"),
+    ({"train/train/a/0.png": 0, "train/test/a/0.png": 1}, "train", "train holds splits, test, train"),
     ({"trainA/0.png": 0, "testA/0.png": 1}, "train", "the folders testA, trainA"),
     ({"train/0.png": 0, "bus/0.png": 1}, "train", "train beside bus: classes must lie together in"),  # a vehicle
     ({"train/0.png": 0}, "test", "no such folder: .*test"),  # never the training images in its place

@@ -184,6 +184,9 @@ def test_what_would_fail_late_or_in_silence_is_refused_first(points, images, tmp
         (points, ["--prompts", "a cat"], "prompts are class labels here"),
         (points, ["--num_eval_samples", 1], "--num_eval_samples"),
         (points, ["--resolution", 8], "--resolution 8"),
+        ("toy:8gaussians", ["--data", images], "unknown 2-D distribution"),
+        (points, ["--lora_rank", 2], "--lora_rank is for models"),
+        (points, ["--pretrained_vae_model_name_or_path", "x"], "has no VAE"),
         (points, ["--seeds", 1], "--seeds"),
         (points, ["--improved", "speed"], "speed"),
         (learned, ["--data", images, "--improved", "time"], "embeddings of whole times only"),
@@ -197,6 +200,13 @@ def test_what_would_fail_late_or_in_silence_is_refused_first(points, images, tmp
         status, _, err = call(distill.main, "--pretrained_teacher_model", name, "--output_dir", out, *flags)
         assert status == 2 and words in one_line(err), err
         assert not (tmp_path / "out").exists()
+
+
+def test_the_toys_teacher_is_fitted_as_its_student_is_trained():
+    typed = "--pretrained_teacher_model toy:moons --seed 3 --mixed_precision bf16 --guidance_w 2".split()
+    fit = distill.point_teacher_flags(distill.parser().parse_args(typed), "runs/moons")
+    assert (fit.data, fit.seed, fit.mixed_precision, fit.class_conditional) == ("toy:moons", 3, "bf16", True)
+    assert (fit.output_dir, fit.resume_from_checkpoint) == ("runs/moons/teacher", "latest")
 
 
 def test_what_is_meant_seldom_is_warned_of(points, tmp_path, call, caplog, monkeypatch):

@@ -284,8 +284,7 @@ def test_the_chapter_says_what_the_records_say_and_nothing_by_hand():
     assert verdict.table("The paper", verdict.PAPER) in chapter
     assert verdict.table("This project", verdict.OURS) in chapter
     assert not re.search(r"\b(ahead|behind|level)\b", chapter[chapter.index("## How to read this") :])
-    claims = [*verdict.PAPER, *verdict.OURS]
-    assert [claim.source for claim in claims if verdict.holds(claim) == "not tested"] == ["App. A"]
+    assert not [claim for claim in [*verdict.PAPER, *verdict.OURS] if verdict.holds(claim) == "not tested"]
 
 
 def test_the_picture_shows_each_seed_of_each_claim():

@@ -180,6 +180,10 @@ def test_a_student_samples_alike_by_what_its_card_says(
     card, script = ModelCard.load(out / "README.md"), {}
     assert (card.data.license, card.data.library_name) == ("openrail++", "diffusers")
     assert {"splam", "text-to-image"} <= {*card.data.tags} and ("lora" in card.data.tags) == ("--lora_rank" in more)
+    assert card.data.base_model is None  # a folder is no id that the Hub could link
+    configuration, named = json.loads((out / "metrics.json").read_text())["configuration"], load(teacher)
+    named.name = "some/one"
+    assert ModelCard(distill.model_card(argparse.Namespace(**configuration), named)).data.base_model == "some/one"
     monkeypatch.chdir(tmp_path)  # where the student's name is that of a folder
     exec(re.search("```python\n(.*?)```", card.text, re.DOTALL)[1], script)
     stock = script["pipe"]

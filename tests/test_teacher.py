@@ -162,6 +162,8 @@ def test_a_saved_teacher_is_the_average_of_its_weights(images, tmp_path, call, m
     assert saved.resolution == 8 and list(saved.network.config.block_out_channels) == [8, 16]
     assert saved.null_label == 3 and saved.prediction_type == "v_prediction"
     assert all(map(torch.equal, saved.network.parameters(), average.parameters()))
+    decays = [decay for _, _, decay in averages]
+    assert decays[0] < 0.1 and decays == sorted(decays) and decays[-1] < 0.999  # else the random start would stay in it
     assert not any(map(torch.equal, saved.network.parameters(), network.parameters()))
 
 
