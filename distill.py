@@ -356,25 +356,11 @@ def finish(
     print(f"{folder}/overview.png  {record}")
 
 
-# How others sample the student, which stands in its card.
-LOAD = {
-    "full": """from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({student!r})""",
-    "lora": """from diffusers import DiffusionPipeline, LCMScheduler
-pipe = DiffusionPipeline.from_pretrained({teacher!r}, variant={variant!r})
-pipe.scheduler = LCMScheduler.from_pretrained({student!r}, subfolder="scheduler")
-pipe.load_lora_weights({student!r})""",
-}
-SAMPLE = """
-# Its guidance is in its weights: another guidance_scale would guide it twice.
-image = pipe({prompt!r}, num_inference_steps=4, guidance_scale=1).images[0]"""
-
-
 def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
-    """What the Hub shows of a student: front matter, where it comes from, and how it is sampled."""
+    """What the Hub shows of a student: docs/model_card.md, filled in."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    name, folder, licence = Path(args.output_dir).resolve().name, Path(teacher.name), None
+    folder, licence = Path(teacher.name), None
     # The licence of a teacher whose own card names one is the student's too. Others wrote that card, in any form.
     if (folder / "README.md").is_file():
         with contextlib.suppress(Exception):
@@ -383,30 +369,11 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
     hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
     tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
-    use = f"# python sample.py {shlex.quote(name)} --steps 4"
-    if teacher.default_prompts:
-        how = LOAD["lora" if args.lora_rank else "full"] + SAMPLE
-        prompt = teacher.default_prompts[0]
-        use = how.format(student=name, teacher=teacher.name, variant=args.variant, prompt=prompt)
-    method = f"--ode {args.ode} --k {args.k} --guidance_w {args.guidance_w:g}"
-    method += f" --improved {' '.join(args.improved)}" if args.improved else ""
-    made_by = ", ".join(f"{key} {value}" for key, value in provenance().items())
-    return f"""---\n{head.to_yaml()}\n---
-# {name}
-
-A student of {teacher.name} for 1 to 4 steps, distilled by [SPLAM](https://arxiv.org/abs/2404.13903) with `{method}`
-in {args.max_train_steps} steps. Its scheduler is the LCMScheduler.
-
-```python
-{use}
-```
-
-Made by the following command; {made_by}.
-
-```
-python {shlex.join(sys.argv)}
-```
-"""
+    values = {"args": args, "teacher": teacher.name, "name": Path(args.output_dir).resolve().name}
+    values["prompt"] = teacher.default_prompts[0] if teacher.default_prompts else None
+    values["made_by"] = ", ".join(f"{key} {value}" for key, value in provenance().items())
+    values["command"] = f"python {shlex.join(sys.argv)}"
+    return str(ModelCard.from_template(head, str(Path(__file__).parent / "docs/model_card.md"), **values))
 
 
 if __name__ == "__main__":
