@@ -124,7 +124,7 @@ def _pf_ode(figure, path: SubPath) -> None:
     # Every second trajectory is enough; the one with the sub-path lies over them. The frame is what the close-up shows.
     whole.plot(*path.x[:, ::2].movedim(2, 0), color="C3", lw=0.8)
     whole.plot(*path.x[-1, ::2].T, "C3o", ms=3)
-    whole.plot(*path.x[:, path.which].T, color="C0", lw=1.2)
+    whole.plot(*path.x[:, path.which].T, color="C3", lw=1.2)
     whole.plot(*path.x[path.begin : path.end + 1, path.which].T, color="C0", lw=4)
     whole.indicate_inset(bounds=(*in_x.viewLim.p0, *in_x.viewLim.size), edgecolor="black", alpha=1)
     whole.set(title="PF-ODE, from noise to data (dots)", aspect="equal", xticks=[], yticks=[])
