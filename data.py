@@ -40,7 +40,7 @@ log = logging.getLogger("data")
 # Points of a 2-D distribution
 # ---------------------------------------------------------------------------------------------------------------------
 
-POINTS = ("toy:", "ideal:")  # how the names of 2-D distributions begin; teacher.py says what sets the two apart
+POINTS = ("toy:", "ideal:", "flow:")  # how the names of 2-D distributions begin; teacher.py says what sets them apart
 
 
 def distribution(name: str) -> GaussianMixture:

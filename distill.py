@@ -90,7 +90,7 @@ def parser() -> Parser:
     lines = recipes("Defaults by kind of teacher", RECIPES) + recipes("Presets", PRESETS)
     p = Parser(prog="distill.py", description=about, usage="distill.py [flags]", epilog=lines)
     flag = p.add_argument_group("what to distil").add_argument
-    teacher_help = "toy:<name>, ideal:<name>, or folder or hub id of a diffusers pipeline; paper: SD1.5, SD2.1-base"
+    teacher_help = "toy:<name>, ideal:<name>, flow:<name>, or folder or hub id of a pipeline; paper: SD1.5, SD2.1-base"
     flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
     flag("--preset", choices=PRESETS, help="a recipe of the paper, below; flags that are typed replace its parts")
     for option, words in LOAD_OPTIONS.items():
@@ -192,6 +192,7 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     if "time" in args.improved and args.ode != "lcm":
         learned = teacher.network.config.get("time_embedding_type") == "learned"
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")
+        refuse(teacher.prediction_type == "flow", "--improved time is for paths with α² + σ² = 1")
         if args.sigma == "markov":
             log.warning("--sigma markov and --improved time tell the network a wrong time: expect a poor student")
     few = re.search("turbo|lightning|hyper-|lcm", Path(teacher.name).name, re.IGNORECASE)

@@ -5,6 +5,8 @@
     second_order   second_order   for multiple_estimation: one step of second order instead of several of first order
 
 `distill.py --improved` puts in all three, `--improved time` one of them. experiments/README.md has what each is worth.
+
+At the end StraightPath, the noise schedule of flow matching: a first step beyond the teachers of the paper.
 """
 
 import math
@@ -94,6 +96,21 @@ def second_order(
         moved = alpha * x0 + sigma * (x - alpha_t * x0) / sigma_t
         x, t = torch.where((t_next < t).view(alpha.shape), moved, x), t_next
     return x
+
+
+class StraightPath(Schedule):
+    """The path of flow matching, x_t = (1 - σ) x_0 + σ ε with σ from 1/N to 1, in the place of the paper's.
+
+    What it is: nothing in splam.py's section 2 asks for α² + σ² = 1. With z = x/α and ρ = σ/α the ODE is dz/dρ = ε here
+    too, DDIM is Euler's method in σ, and both lines and both σ_γ stay as they are (docs/equations.md, note 18).
+
+    What changes: α + σ = 1 holds on the DL line and not on the SL line, so here DL is the natural one. At the first
+    time α is 0, so that r is 0 and all points of an SL line are γ x_t: they tell nothing of its end.
+    """
+
+    def __init__(self, times: int):
+        self.sigma = torch.arange(1, times + 1) / times
+        self.alpha = 1 - self.sigma
 
 
 # What each name of --improved puts in the place of which part of the method.

@@ -88,11 +88,14 @@ def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, predictio
     """The denoiser of Eq. 8, x̂_0 = (x - σ ε) / α, for what a network may output: -> (x_0, ε), with x = α x_0 + σ ε.
 
     `prediction_type` is named as in diffusers: "epsilon" outputs ε, "v_prediction" v = α ε - σ x_0. Inside a sub-path
-    α² + σ² is smaller than 1 (section 2); v is inverted without taking that sum for 1.
+    α² + σ² is smaller than 1 (section 2); v is inverted without taking that sum for 1. "flow" outputs ε - x_0, as flow
+    matching does (improved.py).
     """
-    _check("prediction_type", prediction_type, ("epsilon", "v_prediction"))
+    _check("prediction_type", prediction_type, ("epsilon", "v_prediction", "flow"))
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha, output
+    if prediction_type == "flow":
+        return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
     norm = alpha**2 + sigma**2
     return (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
 

@@ -37,6 +37,7 @@ from torch.utils.data import Dataset
 import data
 import training
 from cli import BadInput, Parser, positive, program, read_json, recipes, refuse, share
+from improved import StraightPath
 from splam import Schedule, ema_update, guided, to_x0_eps
 
 log = logging.getLogger("teacher")
@@ -88,9 +89,9 @@ class DiffusionModel:
         # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
         self._check()
-        self.schedule = Schedule(scheduler.alphas_cumprod)
-        self.prediction_type: str = scheduler.config.prediction_type
-        self.is_student = type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler")
+        self.schedule = self._schedule()
+        self.prediction_type: str = scheduler.config.get("prediction_type", "flow")
+        self.is_student = type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
         # How many times the grid of few-step sampling has: of a student, as many as it was distilled with.
         self.original_inference_steps: int = scheduler.config.get("original_inference_steps", 50)
         classes = network.config.get("num_class_embeds")
@@ -110,6 +111,10 @@ class DiffusionModel:
         """Moves the model. `dtype` is for the frozen network of kinds whose network is large."""
         self.network.to(device)
         return self
+
+    def _schedule(self) -> Schedule:
+        """α and σ of Eq. 1."""
+        return Schedule(self.scheduler.alphas_cumprod)
 
     def _check(self) -> None:
         """Refuses networks and schedulers that would be misread, and give bad samples without an error."""
@@ -252,7 +257,7 @@ class PointModel(DiffusionModel):
     where its students start.
     """
 
-    kind, network_class = "points", ("toy.mlp", "PointMLP")
+    kind, network_class, closed_form = "points", ("toy.mlp", "PointMLP"), "ideal"
     shape, many_steps = (2,), 1000  # with so small a network, every time step can be one of the solver's
 
     def __init__(self, network: nn.Module, scheduler, name: str):
@@ -261,7 +266,7 @@ class PointModel(DiffusionModel):
         torch.set_num_threads(1)
         # A student of an ideal teacher is a network and nothing else, though its config remembers where it comes from.
         self.ideal = network.config.ideal and not self.is_student
-        self.default_data = f"{'ideal' if network.config.ideal else 'toy'}:{network.config.distribution}"
+        self.default_data = f"{self.closed_form if network.config.ideal else 'toy'}:{network.config.distribution}"
         self.mixture = data.distribution(self.default_data)
 
     @classmethod
@@ -283,7 +288,28 @@ class PointModel(DiffusionModel):
         if not self.ideal:
             return super().predict(x, t, cond, w)
         alpha, sigma = self.schedule.at(t, 2)  # Tweedie: the mixture's ε is -σ times its score, below Eq. 3
+        alpha = alpha.clamp_min(1e-3)  # where there is no signal, x_0 is a limit
         return to_x0_eps(self.mixture.eps(x, alpha, sigma, cond.get("class_labels"), w), x, alpha, sigma, "epsilon")
+
+
+class FlowPoints(PointModel):
+    """2-D points on the path of flow matching, beyond the paper. A teacher "flow:moons" is known in closed form; its
+    network predicts ε - x_0."""
+
+    pipelines, closed_form = ("FlowPoints",), "flow"
+
+    def _check(self) -> None:
+        """Nothing: they are made here."""
+
+    def _schedule(self) -> Schedule:
+        return StraightPath(self.scheduler.config.num_train_timesteps)
+
+    def few_step_scheduler(self, num_ddim_timesteps: int):
+        """diffusers' FlowMatchLCMScheduler, which is told its times when it samples and remembers no grid."""
+        from diffusers import FlowMatchLCMScheduler
+
+        refuse(num_ddim_timesteps != 50, "--num_ddim_timesteps is 50 for flow matching")
+        return FlowMatchLCMScheduler(len(self.schedule))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,7 +506,7 @@ class StableDiffusionXL(StableDiffusion):
 # Loading and saving
 # ---------------------------------------------------------------------------------------------------------------------
 
-KINDS = (PointModel, ImageModel, StableDiffusion, StableDiffusionXL)
+KINDS = (PointModel, FlowPoints, ImageModel, StableDiffusion, StableDiffusionXL)
 
 
 def save(model: DiffusionModel, folder: Path) -> None:
@@ -522,7 +548,7 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     index = read_json(file)
     found = index.get("_class_name"), index.get("unet")
     kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
-    names = ", ".join(name for kind in KINDS[1:] for name in kind.pipelines)
+    names = ", ".join(name for kind in KINDS[2:] for name in kind.pipelines)
     refuse(not kinds, f"{name} is a {found[0]}, and what can be a teacher here is: {names}")
     other_vae = options.get("pretrained_vae_model_name_or_path")
     refuse(other_vae and kinds[0].kind != "text-to-image", f"--pretrained_vae_model_name_or_path: {name} has no VAE")
@@ -588,7 +614,7 @@ def parser() -> Parser:
     about = "Train a teacher on images or on a 2-D distribution."
     p = Parser(prog="teacher.py", description=about, epilog=recipes("Defaults by kind of model", RECIPES))
     flag = p.add_argument_group("model and data").add_argument
-    flag("--data", required=True, help="folder of images, or toy:<name>, or ideal:<name>")
+    flag("--data", required=True, help="folder of images, or toy:<name>, or ideal:<name>, or flow:<name>")
     flag("--class_conditional", action="store_true", help="with labels, of which 10 %% are dropped")
     flag("--resolution", type=positive, help="images are resized and cropped to it (default: their own)")
     flag("--block_out_channels", type=positive, nargs="+", help="of the images' U-Net, level by level; multiples of 8")
@@ -616,12 +642,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def new_model(args: argparse.Namespace, **network_options) -> DiffusionModel:
     """An untrained model of the kind that `args.data` asks for. `network_options` are of the toy's MLP."""
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     set_seed(args.seed)  # of the initial weights
     # clip_sample=False: to clip x_0 in every solver step would be another ODE than the one that is distilled.
     noise = {"beta_schedule": args.beta_schedule, "beta_start": args.beta_start, "beta_end": args.beta_end}
     scheduler = DDPMScheduler(**noise, prediction_type=args.prediction_type, clip_sample=False)
+    if args.data.startswith("flow:"):
+        return FlowPoints(_new_mlp(args, **network_options), FlowMatchEulerDiscreteScheduler(), args.output_dir)
     if args.data.startswith(data.POINTS):
         return PointModel(_new_mlp(args, **network_options), scheduler, args.output_dir)
     return ImageModel(_new_unet(args), scheduler, args.output_dir)
@@ -635,7 +663,7 @@ def _new_mlp(args: argparse.Namespace, **options) -> nn.Module:
     classes, (kind, _, name) = data.distribution(args.data).num_classes, args.data.partition(":")
     refuse(args.class_conditional and not classes, f"--class_conditional: {args.data} has no classes")
     labels = classes + 1 if args.class_conditional else None
-    return PointMLP(num_class_embeds=labels, distribution=name, ideal=kind == "ideal", **options)
+    return PointMLP(num_class_embeds=labels, distribution=name, ideal=kind != "toy", **options)
 
 
 def _new_unet(args: argparse.Namespace) -> nn.Module:
@@ -678,7 +706,8 @@ def train(args: argparse.Namespace, model: DiffusionModel, dataset: Dataset | da
                     cond = _drop(cond, model.null_condition(len(x0)), coin < 0.1)
                 alpha, sigma = schedule.at(t, x0.ndim)
                 output = trained(alpha * x0 + sigma * noise, t, **cond).sample  # Eq. 1
-            wanted = noise if model.prediction_type == "epsilon" else alpha * noise - sigma * x0
+            targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "flow": noise - x0}
+            wanted = targets[model.prediction_type]
             loss = mse_loss(output.float(), wanted)
             accelerator.backward(loss)
             run.clip_gradients()

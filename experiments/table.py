@@ -6,6 +6,7 @@
     fig3               what the guidance scale w buys and costs
     tab3               LCM, DL and SL; also with what this project adds
     appb               the linear and the Markov σ: which is right, what it changes
+    flow               the lines on the path of flow matching, beyond the paper
     gaussian           where training ends, reached beside predicted, if the data are one Gaussian
 
     decides-width      whether SPLAM or LCM is ahead, by one change at a time: the network's width,
@@ -81,6 +82,9 @@ LINES = {"DL": "--ode dl", "SL": "", "SL, Markov σ": "--sigma markov"}
 LINES |= {f"{line}, t'": f"{flags} --improved time" for line, flags in LINES.items()}
 TAB3 = each({"LCM": "--ode lcm"} | LINES, ENDS)
 TAB3 |= {"SL, half, k = 100": Variant("--improved half"), "SL, t', half, k = 100": Variant("--improved time half")}
+
+# Flow matching.
+FLOW = each({"LCM": "--ode lcm", "DL": "--ode dl", "SL": ""}, ENDS)
 
 # What decides: one change at a time.
 SAME = {"": ""}
@@ -309,6 +313,7 @@ EXPERIMENTS = {
     "decides-solver": Experiment(SOLVER),
     "decides-metric": Experiment(METRIC, at=(1 / 8, 1)),
     "decides-rate": Experiment(RATE),
+    "flow": Experiment(FLOW, defaults={"pretrained_teacher_model": "flow:8gaussians"}),
     "gaussian": Experiment(GAUSSIAN, beside_prediction, shrinkage, defaults={"seeds": 3, "budget": 45000}),
     "symptoms": Experiment(SYMPTOMS, partial(Findings.curves, over=SEEN), at=TWELFTHS, defaults={"seeds": 2}),
 }

@@ -466,7 +466,7 @@ def test_a_misspelt_option_is_an_error():
     for ode, options in (("LCM", {}), ("sl", {"metric": "l1"}), ("lcm", {"sigma_form": "exact"})):
         with pytest.raises(ValueError, match="is none of"):
             loss_and_gradients(ode, **options)
-    for prediction_type in ("flow", "sample", "eps"):
+    for prediction_type in ("Flow", "sample", "eps"):
         with pytest.raises(ValueError, match=prediction_type):
             ConsistencyFunction(network(), SD, prediction_type)(x, t)
 
