@@ -106,6 +106,7 @@ OURS = [
     Claim("ours", "SPLAM, t', 32 units, {} LCM", AHEAD, "SPLAM, t': 32 units", "LCM: 32 units", NARROW),
     Claim("ours", "SPLAM off the grid {} LCM", AHEAD, "SPLAM: k = 50, off the grid", "LCM: k = 50, off the grid", GRID),
     Claim("ours", "SL, t', {} DL, t'", AHEAD, "SL, t', k = 100", "DL, t', k = 100"),
+    Claim("ours", "flow matching: DL {} SL", AHEAD, "DL, k = 100", "SL, k = 100", "flow"),
     Claim("ours", "SPLAM, t', {} LCM in sum", AHEAD, "SPLAM + ME, t', k = 100", "LCM + ME, k = 100", ERROR, SUM),
     Claim("ours", "all three, Huber, {} L2", AHEAD, f"{HALF}: huber", f"{HALF}: l2", METRIC),
     Claim("ours", "t', linear σ, {} Markov σ", AHEAD, "SL, t', k = 100", "SL, exact σ, t', k = 100"),
