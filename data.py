@@ -318,7 +318,14 @@ def read_text(content: bytes) -> str:
     """Text of the encodings that editors write: UTF-8 and UTF-16, with and without a BOM, else Windows' own."""
     with contextlib.suppress(UnicodeDecodeError):
         return content.decode(json.detect_encoding(content))
+    warn_of_a_guess()
     return content.decode("cp1252", errors="replace")
+
+
+@functools.cache  # once
+def warn_of_a_guess() -> None:
+    """An older encoding does not tell which it is."""
+    log.warning("a text is not UTF-8: it is taken for Windows' western alphabet, and is garbled if it is of another")
 
 
 def read_facts(content: str | bytes) -> dict:

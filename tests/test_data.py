@@ -313,10 +313,12 @@ def test_captions_in_a_folder(tmp_path, files, kept, named, caplog):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
-def test_a_caption_may_be_of_any_editor(tmp_path, encoding):
+def test_a_caption_may_be_of_any_editor(tmp_path, encoding, caplog):
+    data.warn_of_a_guess.cache_clear()
     files = {"0.jpg": 0, "0.txt": "a café – 5 €\n".encode(encoding), "1.jpg": 1, "1.json": '{"text": "a \\ud83d cat"}'}
     texts = {text for _, text in drawn(Captions(fill(tmp_path, files), 8))}
     assert texts == {"a café – 5 €", "a ? cat"}  # a half of a character would end a tokenizer
+    assert caplog.text.count("taken for Windows' western alphabet") == (encoding == "cp1252")  # once
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}', '{"file_name": 3, "text": "a"}'])
