@@ -5,11 +5,13 @@ import json
 import re
 import sys
 
-import nbformat
+import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 
 from sample import n_steps
+
+nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
+nbclient = pytest.importorskip("nbclient")
 
 FILE = ROOT / "docs" / "walkthrough.ipynb"
 NOTEBOOK = nbformat.read(FILE, as_version=4)
@@ -28,7 +30,7 @@ def test_it_runs_from_top_to_bottom_and_its_student_has_learnt(tmp_path, monkeyp
     report += "\nprint(json.dumps([sys.prefix, comparison.rows, samples, ends_off]))"
     notebook.cells.append(nbformat.v4.new_code_cell(report))
     resources = {"metadata": {"path": str(FILE.parent)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources, coalesce_streams=True).execute()
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources, coalesce_streams=True).execute()
     prefix, rows, samples, ends_off = json.loads(notebook.cells[-1].outputs[0].text)
     assert prefix == sys.prefix  # and not whatever kernel is registered on this machine
     table = {(row["sampler"], row.get("steps")): row for row in rows}
