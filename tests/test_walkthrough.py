@@ -30,7 +30,8 @@ def test_it_runs_from_top_to_bottom_and_its_student_has_learnt(tmp_path, monkeyp
     report += "\nprint(json.dumps([sys.prefix, comparison.rows, samples, ends_off]))"
     notebook.cells.append(nbformat.v4.new_code_cell(report))
     resources = {"metadata": {"path": str(FILE.parent)}}
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources, coalesce_streams=True).execute()
+    options = {"kernel_name": "python3", "timeout": 300, "resources": resources, "coalesce_streams": True}
+    nbclient.NotebookClient(notebook, **options).execute()
     prefix, rows, samples, ends_off = json.loads(notebook.cells[-1].outputs[0].text)
     assert prefix == sys.prefix  # and not whatever kernel is registered on this machine
     table = {(row["sampler"], row.get("steps")): row for row in rows}
