@@ -281,9 +281,11 @@ def load_images(folder: str, split: str = "train", resolution: int | None = None
 
     BadInput if none is readable; for images of no class; and for several sizes where no resolution is given.
     """
-    images, names = zip(*images_by_class(folder, split), strict=True)
+    chosen = images_by_class(folder, split)
+    images, names = zip(*chosen, strict=True)
     # A class's number is its place in the alphabet of the train split, whichever classes another split lacks.
-    classes = sorted({name for _, name in images_by_class(folder, "train") if name}) or [""]
+    trained_on = chosen if split == "train" else images_by_class(folder, "train")
+    classes = sorted({name for _, name in trained_on if name}) or [""]
     outside = [str(file) for file, name in zip(images, names, strict=True) if name not in classes]
     refuse(outside, f"{len(outside)} images lie in no class of the train split, such as {outside[:1]}")
     files = ImageFiles(images, resolution)

@@ -105,7 +105,7 @@ class StraightPath(Schedule):
     too, DDIM is Euler's method in σ, and both lines and both σ_γ stay as they are (docs/equations.md, note 18).
 
     What changes: α + σ = 1 holds on the DL line and not on the SL line, so here DL is the natural one. At the first
-    time α is 0, so that r is 0 and all points of an SL line are γ x_t: they tell nothing of its end.
+    time α is 0, so that r is 0 and all points of an SL line are γ x_t: they do not tell where it ends.
     """
 
     def __init__(self, times: int):

@@ -298,8 +298,8 @@ def main() -> None:
     args, plan, rows = parser().parse_args(), {}, {}
     options = {"prompts": read_prompts(args.prompts), "batch_size": args.batch_size}
     options["mixed_precision"] = args.mixed_precision
-    how = {option: getattr(args, option) for option in LOAD_OPTIONS}
-    models = [load(name, **how).to(training.process().device) for name in args.models]
+    asked = {option: getattr(args, option) for option in LOAD_OPTIONS}
+    models = [load(name, **asked).to(training.process().device) for name in args.models]
     for model in models:
         model.labels(options["prompts"])
         sampler = args.scheduler or default_sampler(model)

@@ -90,6 +90,7 @@ class DiffusionModel:
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
         self._check()
         self.schedule = self._schedule()
+        # Schedulers of flow matching do not say it, since there is no choice.
         self.prediction_type: str = scheduler.config.get("prediction_type", "flow")
         self.is_student = type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
         # How many times the grid of few-step sampling has: of a student, as many as it was distilled with.
@@ -548,6 +549,7 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     index = read_json(file)
     found = index.get("_class_name"), index.get("unet")
     kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
+    # The kinds of points are not named: their folders are of no pipeline that diffusers has.
     names = ", ".join(name for kind in KINDS[2:] for name in kind.pipelines)
     refuse(not kinds, f"{name} is a {found[0]}, and what can be a teacher here is: {names}")
     other_vae = options.get("pretrained_vae_model_name_or_path")

@@ -162,7 +162,8 @@ def check(args: argparse.Namespace) -> None:
     for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         refuse(parse_flag_from_env(f"ACCELERATE_USE_{other}"), f"accelerate's {other} is not supported: use its DDP")
     trackers = ["all", *map(str, get_available_trackers())]
-    refuse(args.report_to and args.report_to not in trackers, f"--report_to {args.report_to} is none of {trackers}")
+    words = f"--report_to {args.report_to} is none of {', '.join(trackers)}, which are installed"
+    refuse(args.report_to and args.report_to not in trackers, words)
     # Without GPUs, `accelerate launch` sets an address for several processes and starts one; and those that torchrun
     # starts do not find each other, unless accelerate is told that they have no GPUs.
     launched = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -9,7 +9,7 @@ import torch
 from conftest import one_line, python
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers import StableDiffusionXLPipeline as Pipeline
-from test_stable_diffusion import flags, pipeline, stock_images, write_captions
+from test_stable_diffusion import flags, one_step, pipeline, stock_images, write_captions  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import distill
@@ -47,12 +47,6 @@ def xl(prediction_type="epsilon", scheduler=EulerDiscreteScheduler, **options) -
     stock = Pipeline(sd.vae, sd.text_encoder, text, sd.tokenizer, second, sd.unet, noise, **options)
     stock.set_progress_bar_config(disable=True)
     return stock
-
-
-@pytest.fixture(autouse=True)
-def one_step(monkeypatch):
-    """Of the teacher in a run's last picture: saves time."""
-    monkeypatch.setattr(StableDiffusionXL, "many_steps", 1)
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_a_student_samples_alike_by_what_its_card_says(
     status, _, err = call(distill.main, *flags(teacher, captions, out), *more)
     assert status == 0, err
     card, script = ModelCard.load(out / "README.md"), {}
-    assert (card.data.license, card.data.library_name) == ("openrail++", "diffusers")
+    assert {"license": "openrail++", "library_name": "diffusers"}.items() <= card.data.to_dict().items()
     assert {"splam", "text-to-image"} <= {*card.data.tags} and ("lora" in card.data.tags) == ("--lora_rank" in more)
     assert card.data.base_model is None  # a folder is no id that the Hub could link
     configuration, named = json.loads((out / "metrics.json").read_text())["configuration"], load(teacher)
