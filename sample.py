@@ -31,8 +31,8 @@ from teacher import LOAD_OPTIONS, DiffusionModel, load
 # Each takes a model, its noise, falling times from N-1 on, the condition and the guidance scale. It yields after each
 # evaluation of the network; the last tensor (B, ...) is the sample.
 #
-# The two that solve a teacher's PF-ODE know α and σ, and nothing else of the teacher's own scheduler. That one may add
-# noise, clip x_0 or have other times. It would make samples of another ODE than the one that is distilled.
+# The teacher's knows α and σ, and nothing else of the teacher's own scheduler. That one may add noise, clip x_0 or have
+# other times. It would make samples of another ODE than the one that is distilled.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -74,39 +74,11 @@ def ddim(model: DiffusionModel, noise: SeededNoise, times: Sequence[int], cond: 
         yield x0
 
 
-# What makes diffusers' multistep solver DPM-Solver++(2M): second order, from one evaluation a step and the x̂_0 before.
-DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False}
-DPM_SOLVER |= {"lower_order_final": True, "euler_at_final": False, "final_sigmas_type": "zero"}
-
-
-def dpm_solver(model: DiffusionModel, noise: SeededNoise, times, cond: dict, w: float) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) of diffusers, fed with the x̂_0 that guidance makes."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    solver = DPMSolverMultistepScheduler(len(model.schedule), prediction_type="sample", **DPM_SOLVER)
-    # Set as it is, since betas would have to be multiplied up again. The solver divides by α, which may end at 0.
-    solver.alphas_cumprod = (model.schedule.alpha.cpu() ** 2).clamp_min(2**-24)
-    solver.set_timesteps(timesteps=times, device=model.device)
-    x = noise()
-    for t in solver.timesteps:
-        x0, _ = model.predict(x, t.expand(len(x)), cond, w)
-        x = solver.step(x0, t, x).prev_sample
-        yield x
-
-
-SAMPLERS = {"lcm": lcm, "ddim": ddim, "dpmsolver++": dpm_solver}
-
-
-def default_sampler(model: DiffusionModel) -> str:
-    """What the model was made for: a student jumps to x_0, a teacher knows the direction of the PF-ODE."""
-    return "lcm" if model.is_student else "ddim"
-
-
-def sampling_times(model: DiffusionModel, steps: int, sampler: str) -> list[int]:
-    """A student's are LCM's, on the grid of its training. Others divide all of N evenly, up to rounding. Both begin at
-    N-1, where x really is pure noise; diffusers calls such times "trailing"."""
+def sampling_times(model: DiffusionModel, steps: int) -> list[int]:
+    """A student's are LCM's, on the grid of its training. A teacher's divide all of N evenly, up to rounding. Both
+    begin at N-1, where x really is pure noise; diffusers calls such times "trailing"."""
     n = len(model.schedule)
-    if sampler == "lcm":
+    if model.is_student:
         return few_step_times(steps, n, model.original_inference_steps)
     stops = np.arange(n, 0, -n / steps)[:steps]  # floats may give one stop too many, at 0
     return [int(stop) - 1 for stop in np.round(stops)]
@@ -117,51 +89,51 @@ def sampling_times(model: DiffusionModel, steps: int, sampler: str) -> list[int]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_steps(model: DiffusionModel, steps: int, sampler: str | None = None, timesteps=(), w: float = 0.0) -> None:
+def check_steps(model: DiffusionModel, steps: int, timesteps: Sequence[int] = (), w: float = 0.0) -> None:
     """Refuses what would be sampled without an error, and be bad: more steps than there are times; times at which the
     model was not trained, or of which the first is not that of pure noise; guidance that it cannot have."""
-    sampler = sampler or default_sampler(model)
-    limit = model.original_inference_steps if sampler == "lcm" else len(model.schedule)
-    refuse(not 1 <= steps <= limit, f"{sampler} takes 1 to {limit} steps, not {steps}")
-    grid = sampling_times(model, limit, sampler)
+    limit = model.original_inference_steps if model.is_student else len(model.schedule)
+    refuse(not 1 <= steps <= limit, f"{model.name} takes 1 to {limit} steps, not {steps}")
+    grid = sampling_times(model, limit)
     falling = sorted({*timesteps} & {*grid}, reverse=True)
     wrong = timesteps and (falling != list(timesteps) or falling[0] != grid[0] or len(falling) != steps)
     refuse(wrong, f"--timesteps must be {steps} falling times of {grid[0]}, ... {grid[-1]}, the first {grid[0]}")
     # A student has its guidance in its weights, if its network does not take w beside t.
-    refuse(w and not (model.takes_w if sampler == "lcm" else model.conditional), f"{model.name} cannot be guided")
+    refuse(w and not (model.takes_w if model.is_student else model.conditional), f"{model.name} cannot be guided")
 
 
 @torch.no_grad()
 def sample_batches(
-    model, seeds, steps, sampler=None, *, w=0.0, timesteps=(), prompts=(), batch_size=None, mixed_precision="no"
+    model, seeds, steps, *, w=0.0, timesteps=(), prompts=(), batch_size=None, mixed_precision="no"
 ) -> Iterator[Tensor]:
     """One sample of the DiffusionModel for each seed, decoded, batch by batch on the CPU.
 
-    Without a `sampler` (a name in SAMPLERS) a student's is "lcm" and a teacher's "ddim". `w` guides a teacher, and a
-    student whose network takes w. `timesteps` are the times of the steps, as many as `steps`, if they are not to be
-    sampling_times. Seed s takes prompt s, modulo their number. Without a `batch_size` it is the model's own.
+    A model is sampled as it was made to be: a student jumps to x_0, a teacher knows the direction of the PF-ODE. `w`
+    guides a teacher, and a student whose network takes w. `timesteps` are the times of the steps, as many as `steps`,
+    if they are not to be sampling_times. Seed s takes prompt s, modulo their number. Without a `batch_size` it is the
+    model's own.
     """
-    sampler, size, labels = sampler or default_sampler(model), batch_size or model.batch_size, model.labels(prompts)
-    check_steps(model, steps, sampler, timesteps, w)
-    times = list(timesteps) or sampling_times(model, steps, sampler)
+    sampler, size, labels = lcm if model.is_student else ddim, batch_size or model.batch_size, model.labels(prompts)
+    check_steps(model, steps, timesteps, w)
+    times = list(timesteps) or sampling_times(model, steps)
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    words = {"desc": f"{model.name}, {sampler}, {n_steps(steps)}", "unit": "call", "leave": False}
+    words = {"desc": f"{model.name}, {n_steps(steps)}", "unit": "call", "leave": False}
     with tqdm(total=len(batches) * (steps + 1), **words) as bar:  # the last call for each batch is the decoder's
         for batch in batches:
             # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
             with training.autocast(model.device, mixed_precision):
                 noise = SeededNoise(model.shape, batch, model.device)
-                cond = model.condition([labels[seed % len(labels)] for seed in batch], w if sampler == "lcm" else 0.0)
-                for x in SAMPLERS[sampler](model, noise, times, cond, w):  # noqa: B007
+                cond = model.condition([labels[seed % len(labels)] for seed in batch], w if model.is_student else 0.0)
+                for x in sampler(model, noise, times, cond, w):  # noqa: B007
                     bar.update()
             samples = model.decode(x).cpu()
             bar.update()
             yield samples
 
 
-def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, sampler: str | None = None, **options) -> Tensor:
+def sample(model: DiffusionModel, seeds: Sequence[int], steps: int, **options) -> Tensor:
     """`sample_batches` as one tensor, (len(seeds), ...)."""
-    return torch.cat(list(sample_batches(model, seeds, steps, sampler, **options)))
+    return torch.cat(list(sample_batches(model, seeds, steps, **options)))
 
 
 def png(folder: Path, seed: int) -> Path:
@@ -175,7 +147,7 @@ def read_png(folder: Path, seed: int) -> Tensor:
         return to_range(to_tensor(image))
 
 
-def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sampler=None, **options) -> None:
+def sample_to_folder(model: DiffusionModel, seeds: Sequence[int], folder: Path, steps: int, **options) -> None:
     """Sample s becomes `folder`/s.png. Several processes share the work. BadInput if the folder holds other files.
 
     What is there already is kept, so that an interrupted call can go on. Nothing tells which model made it; so a
@@ -190,7 +162,7 @@ def sample_to_folder(model: DiffusionModel, seeds, folder: Path, steps: int, sam
     missing = [seed for seed in share if not png(folder, seed).is_file()]
     if len(missing) < len(share):
         logging.getLogger("sample").warning("%s has %d samples, which are kept", folder, len(share) - len(missing))
-    batches = sample_batches(model, missing, steps, sampler, **options)
+    batches = sample_batches(model, missing, steps, **options)
     for seed, image in zip(missing, (image for batch in batches for image in batch), strict=True):
         draft = png(folder, seed).with_suffix(".png.tmp")  # renamed when complete: whatever is called .png is whole
         Image.fromarray(to_pixels(image[None])[0]).save(draft, "PNG")
@@ -282,7 +254,6 @@ def parser() -> Parser:
     flag("models", nargs="+", help="pipeline folders or hub ids")
     flag("--steps", type=positive, nargs="+", help="evaluations of students (default 4; paper: 1-4)")
     flag("--teacher_steps", type=positive, nargs="+", help="of teachers (default 50)")
-    flag("--scheduler", choices=list(SAMPLERS), help="default: lcm for a student, ddim for a teacher")
     flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers and for networks that take w")
     flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
     flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
@@ -302,16 +273,16 @@ def main() -> None:
     models = [load(name, **asked).to(training.process().device) for name in args.models]
     for model in models:
         model.labels(options["prompts"])
-        sampler = args.scheduler or default_sampler(model)
         steps, timesteps, w, useless = args.teacher_steps or [50], [], args.guidance_w, args.steps or args.timesteps
-        if sampler == "lcm":
+        if model.is_student:
             steps, timesteps, useless = args.steps or [len(args.timesteps) or 4], args.timesteps, args.teacher_steps
             w = 0.0 if len(models) > 1 and not model.takes_w else w  # it is for the teacher that stands beside
-        refuse(useless and len(models) == 1, f"{sampler} takes --{'' if sampler == 'lcm' else 'teacher_'}steps")
+        kind = "student, which takes --steps" if model.is_student else "teacher, which takes --teacher_steps"
+        refuse(useless and len(models) == 1, f"{model.name} is a {kind}")
         for n in steps:
-            check_steps(model, n, sampler, timesteps, w)
-            title = f"{model.name}, {sampler}{f', w = {w:g}' if w else ''}, {n_steps(n, timesteps)}"
-            plan[title] = model, n, {"sampler": sampler, "timesteps": timesteps, "w": w}
+            check_steps(model, n, timesteps, w)
+            title = f"{model.name}{f', w = {w:g}' if w else ''}, {n_steps(n, timesteps)}"
+            plan[title] = model, n, {"timesteps": timesteps, "w": w}
     out = Path(args.out)
     if out.suffix.lower() in Image.registered_extensions():  # whoever writes samples.jpg does not want a folder
         output_file(out, ".png")
@@ -328,7 +299,7 @@ def main() -> None:
     if len(rows) == 1:
         picture(*rows.values(), columns).save(out)
     elif rows:
-        overview(min(models, key=lambda model: model.is_student), rows).save(out)  # the PF-ODE is a teacher's
+        overview(models[0], rows).save(out)
     print(out)
 
 

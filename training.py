@@ -173,8 +173,6 @@ def check(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
-    older = list(folder.glob("checkpoint-*[0-9]"))
-    refuse(older, f"{folder} holds {len(older)} checkpoints where an older version of this program has left them")
     resumed_from(args)
 
 

