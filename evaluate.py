@@ -250,7 +250,7 @@ class EfficientNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-JUDGES = {"inception": None, "efficientnet-lite0": EfficientNet}  # known by name; torchmetrics brings the first
+JUDGES = ("inception", "efficientnet-lite0")  # networks that are known by name; torchmetrics brings the first
 
 
 def spread(length: int, n: int) -> Tensor:
@@ -296,8 +296,8 @@ class Evaluation:
             clip = CLIPModel.from_pretrained(self.clip_model).to(model.device)
             measures.append(functools.partial(clip_score, clip, CLIPProcessor.from_pretrained(self.clip_model)))
         if self.features in JUDGES:
-            network = JUDGES[self.features]
-            return [FrechetDistance(self, network and network()), *measures]
+            network = EfficientNet() if self.features == JUDGES[1] else None
+            return [FrechetDistance(self, network), *measures]
         network, classes = load_classifier(self.features)
         # A classifier of other classes cannot say what a model was asked for.
         if model.conditional and model.null_label in (None, len(classes)):
