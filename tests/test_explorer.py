@@ -7,21 +7,20 @@ import random
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from test_splam import SD, mixture_denoiser
 
 from improved import time_at
-from splam import Schedule, multiple_estimation, sub_path_point
+from splam import multiple_estimation, sub_path_point
 from toy.distributions import DISTRIBUTIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt install chromium")
-
-SCHEDULE = Schedule(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod)
 
 SHOW = """<script>
 const show = (value) =>
@@ -45,11 +44,6 @@ def visit(folder, script):
     return json.loads(html.unescape(re.search('<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
 
 
-def measured(folder, settings):
-    """What the page computes for each of the settings, without its long lists of points."""
-    return visit(folder, f"show({json.dumps(settings)}.map((each) => numbers(measure(each))));")
-
-
 def random_settings(n, **fixed):
     chance, found = random.Random(0), []
     for _ in range(n):
@@ -61,57 +55,40 @@ def random_settings(n, **fixed):
     return found
 
 
-def compare(shown, asked, x_s=None):
-    """The page's numbers with those of splam.py. With the Markov coupling x_s is drawn, and taken from the page."""
+def python_of(asked, x_s):
+    """What splam.py has where the page has a number of the same name. In the Markov coupling, x_s is the page's own."""
     mixture, t = DISTRIBUTIONS[asked["mixture"]], torch.tensor([asked["t"]])
-    s = (t - asked["k"]).clamp_min(0)
-    alpha, sigma = SCHEDULE.at(t, 2)
+    s, denoise = (t - asked["k"]).clamp_min(0), partial(mixture_denoiser, mixture=mixture)
+    alpha, sigma = SD.at(t, 2)
     x_t = alpha * mixture.means[asked["x0"]] + sigma * torch.tensor([[asked["e1"], asked["e2"]]])
-
-    def denoise(x, time):
-        alpha, sigma = SCHEDULE.at(time, 2)
-        eps = mixture.eps(x, alpha, sigma)
-        return (x - sigma * eps) / alpha, eps
-
-    if x_s is None:
-        x_s = multiple_estimation(denoise, SCHEDULE, x_t, t, s, asked["k"], math.ceil(asked["k"] / asked["m"]))
+    if asked["coupling"] == "ddim":
+        x_s = multiple_estimation(denoise, SD, x_t, t, s, asked["k"], math.ceil(asked["k"] / asked["m"]))
     found = {"xT": x_t, "xS": x_s, "epsHat": denoise(x_t, t)[1]}
-    found |= {"endT": mixture.endpoint(x_t, alpha, sigma), "endS": mixture.endpoint(x_s, *SCHEDULE.at(s, 2))}
+    found |= {"endT": mixture.endpoint(x_t, alpha, sigma), "endS": mixture.endpoint(x_s, *SD.at(s, 2))}
     for form in ("linear", "markov"):
-        point = sub_path_point(x_t, x_s, t, s, torch.tensor([asked["gamma"]]), SCHEDULE, asked["ode"], form)
-        time, end = time_at(SCHEDULE, point.alpha, point.sigma), mixture.endpoint(*point)
-        for name, value in {**point._asdict(), "time": time, "end": end}.items():
-            found[f"{form} {name}"], shown[f"{form} {name}"] = value, shown[form][name]
-    for name, value in found.items():
-        tolerance = 1e-3 if "end" in name else 1e-4  # float32 here, doubles there; and another ODE solver
-        actual = torch.tensor(shown[name]).flatten().tolist()
-        assert actual == pytest.approx(value.flatten().tolist(), rel=tolerance, abs=tolerance), f"{name} of {asked}"
-
-
-def test_schedule_and_data_are_those_of_python(tmp_path):
-    page = visit(tmp_path, "show({ schedule, mixtures });")
-    assert page["schedule"]["alpha"] == pytest.approx(SCHEDULE.alpha.tolist(), rel=2e-5)
-    assert page["schedule"]["sigma"] == pytest.approx(SCHEDULE.sigma.tolist(), rel=2e-5)
-    for name, mixture in page["mixtures"].items():
-        assert mixture["std"] == DISTRIBUTIONS[name].std
-        assert torch.allclose(torch.tensor(mixture["means"]), DISTRIBUTIONS[name].means, atol=1e-6)
+        point = sub_path_point(x_t, x_s, t, s, torch.tensor([asked["gamma"]]), SD, asked["ode"], form)
+        time, end = time_at(SD, point.alpha, point.sigma), mixture.endpoint(*point)
+        found |= {f"{form} {name}": value for name, value in {**point._asdict(), "time": time, "end": end}.items()}
+    return found
 
 
 def test_numbers_are_those_of_splam(tmp_path):
-    """And note 2 of equations.md, which the explorer exists to show: one DDIM step makes the linear σ exact."""
-    settings = [*random_settings(10), *random_settings(10, m=1)]
-    for shown, asked in zip(measured(tmp_path, settings), settings, strict=True):
-        compare(shown, asked)
-        if asked["m"] == 1:
+    """And note 2 of equations.md, which the explorer exists to show: one DDIM step makes the linear σ exact, and Markov
+    pairs have the spread of Eq. 24. 2,000 draws of two coordinates tell it to 1/√8000; 4.5 % are four such deviations.
+    """
+    settings = [*random_settings(10), *random_settings(10, m=1), *random_settings(20, coupling="markov")]
+    page = visit(tmp_path, f"show({json.dumps(settings)}.map((each) => numbers(measure(each))));")
+    for shown, asked in zip(page, settings, strict=True):
+        for form in ("linear", "markov"):
+            shown |= {f"{form} {name}": value for name, value in shown[form].items()}
+        for name, value in python_of(asked, torch.tensor([shown["xS"]])).items():
+            tolerance = 1e-3 if "end" in name else 1e-4  # float32 here, doubles there; and another ODE solver
+            actual = torch.tensor(shown[name]).flatten().tolist()
+            assert actual == pytest.approx(value.flatten().tolist(), rel=tolerance, abs=tolerance), f"{name} of {asked}"
+        if asked["coupling"] == "markov":
+            assert shown["measured"] == pytest.approx(shown["markov"]["sigma"], rel=0.045)
+        elif asked["m"] == 1:
             assert shown["measured"] == pytest.approx(shown["linear"]["sigma"], abs=1e-9)
-
-
-def test_markov_pairs_have_the_spread_of_eq_24(tmp_path):
-    settings = random_settings(20, coupling="markov")
-    for shown, asked in zip(measured(tmp_path, settings), settings, strict=True):
-        compare(shown, asked, torch.tensor([shown["xS"]]))
-        # 2,000 draws of two coordinates: the spread is known to 1/√8000 of itself, and four such deviations are 4.5 %.
-        assert shown["measured"] == pytest.approx(shown["markov"]["sigma"], rel=0.045)
 
 
 READER = """

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DModel
-from hypothesis import given, settings
+from conftest import unet
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import nn
@@ -19,8 +20,6 @@ from splam import ConsistencyFunction, Schedule, SubPathPoint, SubPathStudent, m
 from toy.distributions import DISTRIBUTIONS
 from toy.mlp import PointMLP
 
-settings.register_profile("splam", deadline=None, derandomize=True, print_blob=True)  # as in conftest.py
-settings.load_profile("splam")
 LINES, SIGMAS, PREDICTION_TYPES = ["sl", "dl"], ["linear", "markov"], ["epsilon", "v_prediction"]
 each_ode = pytest.mark.parametrize("ode", LINES)
 each_prediction_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -95,36 +94,20 @@ def test_schedule_is_the_square_root_of_alphas_cumprod_on_every_device(case):
 
 @given(st.floats(0.05, 1), st.floats(0.05, 1), st.floats(-1, 15), seeds)
 def test_conversions_and_guidance(alpha, sigma, w, seed):
-    """v is defined as α ε - σ x_0, also where α² + σ² ≠ 1, as it is inside a sub-path. Eq. 18 is what diffusers'
-    pipelines compute, uncond + guidance_scale (cond - uncond), with a scale that is 1 larger."""
+    """For any α and σ, since inside a sub-path α² + σ² ≠ 1, and α + σ ≠ 1 where the path is flow matching's. Eq. 18 is
+    what diffusers' pipelines compute, uncond + guidance_scale (cond - uncond), with a scale that is 1 larger."""
     x0, eps = torch.randn(2, 5, 2, generator=seeded(seed), dtype=torch.float64)
-    for prediction_type, output in {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0}.items():
+    outputs = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "flow": eps - x0}
+    for prediction_type, output in outputs.items():
         found = splam.to_x0_eps(output, alpha * x0 + sigma * eps, alpha, sigma, prediction_type)
         torch.testing.assert_close(found, (x0, eps), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(splam.guided(x0, eps, w), eps + (w + 1) * (x0 - eps))
     assert torch.equal(splam.guided(x0, eps, 0), x0)
 
 
-@given(sub_paths, st.data())
-@each_prediction_type
-def test_one_solver_step_is_one_step_of_ddim(prediction_type, case, data):
-    """With its x_0, for each prediction type. Where t - k < 0, DDIM ends at time 0, as s does."""
-    n = len(case.schedule)
-    oracle = DDIMScheduler(n, clip_sample=False, prediction_type=prediction_type)
-    oracle.alphas_cumprod, oracle.final_alpha_cumprod = case.abar, case.abar[0]
-    oracle.set_timesteps(data.draw(st.integers(1, n)))
-    k = n // oracle.num_inference_steps  # the length of a step of DDIMScheduler
-    output = torch.randn(case.x0.shape, generator=seeded(0), dtype=torch.float64)
-    denoise = denoiser(lambda x, t: SimpleNamespace(sample=output), case.schedule, prediction_type)
-    steps = [oracle.step(o, t, x) for o, t, x in zip(output, case.t.tolist(), case.x_t, strict=True)]
-    x_s = multiple_estimation(denoise, case.schedule, case.x_t, case.t, (case.t - k).clamp_min(0), k, k)
-    close(x_s, torch.stack([step.prev_sample for step in steps]))
-    close(denoise(case.x_t, case.t)[0], torch.stack([step.pred_original_sample for step in steps]))
-
-
-def mixture_denoiser(x, t):
+def mixture_denoiser(x, t, mixture=MIXTURE):
     alpha, sigma = (c.double() for c in SD.at(t, x.ndim))
-    eps = MIXTURE.eps(x, alpha, sigma)
+    eps = mixture.eps(x, alpha, sigma)
     return (x - sigma * eps) / alpha, eps
 
 
@@ -146,14 +129,14 @@ def test_a_solver_converges_to_the_probability_flow_with_its_order(solver, order
         t, s = (torch.as_tensor(time).expand(16) for time in (t, s))
         return solver(mixture_denoiser, SD, x_t, t, s, k, solver_step)
 
-    for t, s in [(999, 743), (650, 394), (300, 44)]:
+    for t, s in [(999, 745), (650, 396), (300, 44)]:  # 254 is no whole number of steps of 16
         x_t, steps = torch.randn(16, 2, generator=seeded(t), dtype=torch.float64), [16, 8, 4, 2]
         truth = flow(x_t, t, s)
         errors = [(solve(t, s, t - s, step) - truth).square().mean().sqrt().item() for step in steps]
         assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.06), errors
         assert errors[-1] < 1e-3
     # A sub-path that is cut off at time 0 is the shorter one, in a batch with a longer one, too.
-    close(solve(35, 0, 100, 10), solve(35, 0, 40, 10))
+    close(solve(35, 0, 100, 10), solve(35, 0, 35, 10))
     mixed = solve(torch.tensor([35, 135]).repeat(8), 0, 140, 10)
     close(mixed[::2], solve(35, 0, 40, 10)[::2])
     close(mixed[1::2], solve(135, 0, 140, 10)[1::2])
@@ -189,21 +172,6 @@ def test_closed_forms_of_the_paper(ode, case):
         rounded = (case.point(ode, sigma, ends=ends) for ends in (half, [x.float() for x in half]))
         for actual, right in zip(*rounded, strict=True):  # ends in bfloat16 cost the schedule no precision
             assert actual.dtype == torch.float32 and torch.equal(actual, right)
-
-
-@given(sub_paths)
-def test_noise_grows_along_the_line_and_eq_25_is_never_negative(case):
-    """σ_γ itself for SL; σ_γ/α_γ for DL as well, but not σ_γ (next test). Variances add up to less than deviations do,
-    so the linear σ is the larger one; at both ends they are equal."""
-    noise = {}
-    for sigma in SIGMAS:
-        sl, dl = ([case.point(ode, sigma, g) for g in torch.linspace(0, 1, 9).tolist()] for ode in LINES)
-        for values in ([p.sigma for p in sl], [p.sigma / p.alpha for p in sl], [p.sigma / p.alpha for p in dl]):
-            values = torch.stack(values)
-            assert (values.diff(dim=0) > -1e-6 * values[1:]).all() and (values[-1] > values[0]).all()
-        noise[sigma] = torch.stack([p.sigma for p in sl])
-    assert (noise["linear"] >= noise["markov"] * (1 - 1e-5)).all()
-    close(noise["linear"][[0, -1]], noise["markov"][[0, -1]])
 
 
 @given(sub_paths, st.integers(1, 1000))
@@ -248,8 +216,6 @@ def test_which_sigma_is_right_depends_on_the_coupling_of_the_ends(path, rms):
         assert found == pytest.approx(miss, rel=0.01, abs=1e-4 * rms)
     for gamma in (0.1, 0.5, 0.9):  # Eq. 25 is positive inside
         assert point("sl", "linear", gamma).sigma > 1.001 * point("sl", "markov", gamma).sigma
-    if s > 0:  # for DL, dσ_γ²/dγ = -2 (1 - r) σ_s² < 0 at γ = 0: fresh noise enters with γ², the old leaves with γ
-        assert point("dl", "markov", 0.05).sigma < SD.sigma[s] < point("dl", "linear", 0.05).sigma
 
 
 # -- 3  The student ---------------------------------------------------------------------------------------------------
@@ -268,25 +234,20 @@ def student_of(teacher, kind=SubPathStudent, schedule=SD, prediction_type="epsil
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gamma_embedding_is_zero_at_1_and_has_sixteen_frequencies_from_a_quarter_turn_to_four_turns(dtype):
-    """It is computed in float32. |e(γ)| ≥ 1 - γ, so it is zero nowhere else; no component is steeper than 8π."""
+    """In float32, whatever γ is in."""
     assert torch.equal(splam.gamma_embedding(torch.ones(3, dtype=dtype)), torch.zeros(3, splam.GAMMA_DIM))
     gamma = torch.rand(500, generator=seeded(0)).to(dtype)
     turns = 0.25 * 16 ** (torch.arange(16, dtype=torch.float64) / 15)  # each a constant factor above the last
     expected = torch.exp(2j * math.pi * (1 - gamma.double())[:, None] * turns)
-    embedding = splam.gamma_embedding(gamma)
-    sine, cosine = embedding.double().chunk(2, dim=1)
+    sine, cosine = splam.gamma_embedding(gamma).double().chunk(2, dim=1)
     torch.testing.assert_close(torch.complex(cosine + 1, sine), expected, rtol=0, atol=1e-5)
-    assert (embedding.norm(dim=1) >= (1 - gamma.float()) * (1 - 1e-5)).all()
-    assert ((embedding[1:] - embedding[:-1]).abs() <= 8 * math.pi * gamma.float().diff().abs()[:, None] + 1e-5).all()
 
 
 def test_boundary_condition_is_that_of_lcm():
-    """Eq. 5 at every time; x itself at time 0, the denoiser far from it."""
-    c_skip, c_out = splam.boundary(torch.arange(1000), 2)
+    """Eq. 5 at every time."""
     oracle = LCMScheduler().get_scalings_for_boundary_condition_discrete(torch.arange(1000.0).double()[:, None])
-    for actual, expected in zip((c_skip, c_out), oracle, strict=True):
+    for actual, expected in zip(splam.boundary(torch.arange(1000), 2), oracle, strict=True):
         close(actual, expected, 1e-6)
-    assert (c_skip[0], c_out[0]) == (1, 0) and c_skip[-1] < 1e-6 and c_out[-1] > 1 - 1e-6
 
 
 @each_prediction_type
@@ -313,7 +274,6 @@ def test_at_time_0_the_student_is_the_identity(kind, prediction_type):
     student, x, zero = student_of(network(), kind, SD, prediction_type), 3 * points(), torch.zeros(64).long()
     told = torch.full((64,), 0.5), SubPathPoint(x, torch.full((64, 1), 0.6), torch.full((64, 1), 0.3))
     assert torch.equal(student(x, zero), x) and torch.equal(student(x, zero, *told), x)
-    assert not torch.equal(student(x, zero + 1), x)  # and at no other time
 
 
 @pytest.mark.parametrize("kind", [SubPathStudent])
@@ -357,36 +317,25 @@ def test_copies_of_a_student_see_their_own_gamma(tmp_path):
     for other in (copied, loaded):
         assert torch.equal(at(other, 0.3), expected) and not torch.equal(at(other, 0.6), expected)
         close(at(other, 0.3, 1.0, 0.6, 0.3), torch.stack([expected[0], plain[1], at(other, 0.6)[2], expected[3]]))
-        assert torch.equal(at(other, 1.0), plain) and torch.equal(other(x, t), plain)
+        assert torch.equal(other(x, t), plain) and torch.equal(at(other, 1.0), plain)
 
 
-def test_after_training_the_projection_of_gamma_can_be_dropped():
-    """What was learnt at γ < 1 has changed W, and F at γ = 1 does not know W."""
-    student, target, _, denoise, x0, _ = algorithm_1()
-    optimizer, before = torch.optim.AdamW(student.parameters(), lr=1e-2), copy.deepcopy(student.state_dict())
-    for step in range(5):
-        draws = splam.draw(x0, 1000, 50, seeded(step))
-        splam.splad_loss(student, target, denoise, SD, x0, {}, draws, k=100, solver_step=20).backward()
-        optimizer.step()
-    projection = "network.time_embedding.projection.weight"
-    assert (student.state_dict()[projection] - before[projection]).abs().max() > 1e-3
-    for finished in (student, student_of(network(), ConsistencyFunction)):
-        plain, x, t = network(9), points(4), torch.tensor([19, 399, 699, 999])
-        plain.load_state_dict(finished.plain_state_dict())  # the teacher's names
-        assert torch.equal(ConsistencyFunction(plain, SD, "epsilon")(x, t), finished(x, t))
+@each_kind
+def test_after_training_the_projection_of_gamma_can_be_dropped(kind):
+    """F at γ = 1 does not know W, and the other weights have the teacher's names."""
+    finished, plain, x, t = student_of(network(), kind), network(9), points(4), torch.tensor([19, 399, 699, 999])
+    plain.load_state_dict(finished.plain_state_dict())
+    assert torch.equal(ConsistencyFunction(plain, SD, "epsilon")(x, t), finished(x, t))
 
 
 # -- 4  Algorithm 1 ---------------------------------------------------------------------------------------------------
 @given(st.floats(1e-6, 1e3), seeds)
 def test_distances(scale, seed):
-    """Huber is quadratic near zero and linear far away."""
     a, b = scale * torch.randn(2, 5, 2, generator=seeded(seed))
     d, c = a.double() - b.double(), 1e-3
     for metric, expected in {"l2": d**2, "huber": (d**2 + c**2) ** 0.5 - c}.items():
         found = splam.distance(a, b, metric).double()  # a number for each sample, which a weight could multiply
         torch.testing.assert_close(found, expected.mean(1), rtol=1e-4, atol=2e-10)
-    near, far = splam.distance(torch.tensor([[1e-4], [100.0]]), torch.zeros(2, 1), "huber").tolist()
-    assert near == pytest.approx(1e-4**2 / (2 * c), rel=0.01) and far == pytest.approx(100, rel=1e-4)
 
 
 @given(st.integers(1, 20), st.integers(1, 50), seeds)
@@ -397,43 +346,39 @@ def test_draws_are_repeatable_and_independent_and_on_the_grid_of_sampling(step, 
     assert {part.device.type for part in elsewhere} == {"meta"} and torch.equal(here.get_state(), there.get_state())
     assert all(map(torch.equal, draws, splam.draw(x0, step * starts, starts, seeded(seed))))
     assert set(draws.t.tolist()) <= set(range(step - 1, step * starts, step))
-    assert (draws.gamma >= 0).all() and (draws.gamma < 1).all()
-    assert draws.gamma.shape == (64,) and draws.noise.shape == (64, 2)
     assert len(draws.gamma.unique()) == 64 and len(draws.noise.unique()) == 128
     t, gamma, _ = splam.draw(torch.zeros(5000, 1), 1000, 50, seeded(0))
     assert set(t.tolist()) == set(splam.few_step_times(50, 1000, 50)) == set(range(19, 1000, 20))
     assert abs(gamma.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 5000)
 
 
-def algorithm_1(kind=SubPathStudent):
+def algorithm_1():
     """(student, target, teacher network, its denoiser, x_0, draws): all networks different, all with gradients."""
     teacher, x0 = network(), points()
-    student, target = student_of(network(1), kind), student_of(network(2), kind)
+    student, target = student_of(network(1)), student_of(network(2))
     return student, target, teacher, denoiser(teacher), x0, splam.draw(x0, 1000, 50, seeded(0))
 
 
-def loss_and_gradients(ode, draws=None, kind=SubPathStudent, **options):
-    student, target, teacher, denoise, x0, drawn = algorithm_1(kind)
+def loss_and_gradients(ode, draws=None, **options):
+    student, target, teacher, denoise, x0, drawn = algorithm_1()
     options = dict(k=100, solver_step=20, ode=ode) | options
     loss = splam.splad_loss(student, target, denoise, SD, x0, {}, draws or drawn, **options)
     loss.backward()
     return loss.detach(), [[p.grad for p in module.parameters()] for module in (student, target, teacher)]
 
 
-@pytest.mark.parametrize("options", [{}])
 @each_ode
-def test_only_the_student_gets_a_gradient(ode, options):
+def test_only_the_student_gets_a_gradient(ode):
     """The whole student, its γ-projection included; target and teacher none, though they could take one."""
-    _, (student, target, teacher) = loss_and_gradients(ode, **options)
+    _, (student, target, teacher) = loss_and_gradients(ode)
     assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in student)
     assert all(grad is None for grad in target + teacher)
 
 
 @pytest.mark.parametrize("ode", ["lcm", *LINES])
 def test_loss_is_eq_17_and_for_lcm_eq_7(ode):
-    """With diffusers' own noising and DDIM step; d = L2, k = k_φ = 20."""
+    """With diffusers' own noising and DDIM step; d = L2, k = k_φ = 20. Another solver may find x_s."""
     student, target, teacher, _, x0, (t, gamma, noise) = algorithm_1()
-    loss, _ = loss_and_gradients(ode, k=20)
     ddim = DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(50)
     s, x_t = (t - 20).clamp_min(0), ddim.add_noise(x0, noise, t)
@@ -444,7 +389,9 @@ def test_loss_is_eq_17_and_for_lcm_eq_7(ode):
     lines = ((drift * at_s, at_t) for at_s, at_t in ((x_s, x_t), (alpha_s, alpha_t), (sigma_s, sigma_t)))
     point = SubPathPoint(*((1 - g) * end + g * start for end, start in lines))
     prediction = student(x_t, t) if ode == "lcm" else student(point.x, t, gamma, point)
-    torch.testing.assert_close(loss, (prediction - target(x_s, s)).square().mean(), rtol=1e-4, atol=0)
+    expected = (prediction - target(x_s, s)).square().mean().detach()
+    for options in ({}, {"solver": lambda *_: x_s.detach(), "solver_step": 5}):
+        torch.testing.assert_close(loss_and_gradients(ode, k=20, **options)[0], expected, rtol=1e-4, atol=0)
 
 
 def test_gamma_1_is_lcm_for_both_odes_to_the_bit():
@@ -459,35 +406,20 @@ def test_gamma_1_is_lcm_for_both_odes_to_the_bit():
 
 def test_a_misspelt_option_is_an_error():
     """A name that is no known one must not silently be another."""
-    x, t, gamma = torch.zeros(1, 2), torch.tensor([99]), torch.ones(1)
-    for ode, sigma in (("SL", "linear"), ("lcm", "linear"), ("", "linear"), ("sl", "approx"), ("dl", None)):
-        with pytest.raises(ValueError, match="is none of"):
-            sub_path_point(x, x, t, t - 20, gamma, SD, ode, sigma)
-    for ode, options in (("LCM", {}), ("sl", {"metric": "l1"}), ("lcm", {"sigma_form": "exact"})):
+    misspelt = [("SL", {}), ("LCM", {}), ("", {}), ("sl", {"metric": "l1"}), ("dl", {"sigma_form": None})]
+    for ode, options in [*misspelt, ("lcm", {"sigma_form": "exact"})]:
         with pytest.raises(ValueError, match="is none of"):
             loss_and_gradients(ode, **options)
     for prediction_type in ("Flow", "sample", "eps"):
         with pytest.raises(ValueError, match=prediction_type):
-            ConsistencyFunction(network(), SD, prediction_type)(x, t)
-
-
-def test_the_last_sub_path_ends_at_time_0_where_the_target_is_the_point_itself():
-    """Note 6. A student that answers 0 has the loss x̂_s², and x̂_s is known, for the teacher knows x_0 and ε."""
-    target, x0 = student_of(network(2)), points()
-    draws = splam.draw(x0, 1000, 50, seeded(0))._replace(t=torch.tensor([19, 39, 59, 99]).repeat(16))
-    zero, teacher = lambda x, *told: torch.zeros_like(x), lambda x, t: (x0, draws.noise)
-    loss = splam.splad_loss(zero, target, teacher, SD, x0, {}, draws, k=100, solver_step=20)
-    torch.testing.assert_close(loss, (SD.alpha[0] * x0 + SD.sigma[0] * draws.noise).square().mean(), rtol=1e-5, atol=0)
+            ConsistencyFunction(network(), SD, prediction_type)(points(1), torch.tensor([99]))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
     """With two passes before one backward: what is computed again must see the γ of its own pass, not the last."""
-    blocks = dict(down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
-    small = dict(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
 
     def gradients(checkpointing):
-        torch.manual_seed(0)
-        network, x0, loss = UNet2DModel(8, **blocks, **small), torch.randn(2, 3, 8, 8, generator=seeded(1)), 0
+        network, x0, loss = unet(), torch.randn(2, 3, 8, 8, generator=seeded(1)), 0
         if checkpointing:
             network.enable_gradient_checkpointing()
         student, options = student_of(network.train()), dict(k=20, solver_step=20)
@@ -611,10 +543,3 @@ def test_few_step_sample_is_a_loop_of_lcm(prediction_type, steps):
         x = step.prev_sample
         close(predicted, step.denoised, 1e-4)
     close(path[-1], x, 1e-4)
-
-
-def test_a_perfect_student_samples_rightly():
-    """Data that are standard normal: the PF-ODE moves nothing, so that a perfect student returns x."""
-    noise, fresh = torch.randn(2, 100_000, 1, generator=seeded(0))
-    *_, x = splam.few_step_sample(lambda x, t: x, SD, noise, [999, 499], lambda: fresh)
-    assert x.std() == pytest.approx(1.0, rel=0.01)

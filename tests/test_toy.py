@@ -10,15 +10,14 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from test_splam import SD, mixture_denoiser, points, seeded
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from splam import Schedule, to_x0_eps
 from toy import plots
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
 from toy.mlp import PointMLP
 
 each_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
-SCHEDULE = Schedule(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
 
 
 def schedule_at(alpha):
@@ -31,7 +30,7 @@ def schedule_at(alpha):
 def test_eps_is_the_gradient_of_the_log_density(name, alpha, seed):
     """ε = -σ ∇ log p_t (below Eq. 3) by autograd, with torch's own mixture of N(α mean, (α std)² + σ²)."""
     mixture, (alpha, sigma) = DISTRIBUTIONS[name], schedule_at(alpha)
-    x = 2 * torch.randn(8, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = 2 * points(8, seed).double()
     means, deviation = alpha * mixture.means.double(), ((alpha * mixture.std) ** 2 + sigma**2).sqrt()
     parts = Independent(Normal(means, deviation.expand(means.shape)), 1)
     density = MixtureSameFamily(Categorical(torch.ones(len(means), dtype=torch.float64)), parts)
@@ -43,16 +42,12 @@ def test_eps_is_the_gradient_of_the_log_density(name, alpha, seed):
 def test_samples_have_the_moments_of_the_mixture(name):
     """Components are equally likely, and each point is its component's mean plus noise of the right size."""
     mixture, n = DISTRIBUTIONS[name], 100_000
-    x, component = mixture.sample(n, torch.Generator().manual_seed(0))
+    x, component = mixture.sample(n, seeded(0))
     noise = (x - mixture.means[component]) / mixture.std
     shares = (component[:, None] == torch.arange(len(mixture.means))).double() * len(mixture.means)
     squares = noise[:, :, None] * noise[:, None]
-    for values, expected in (
-        (shares, 1),
-        (noise, 0),
-        (squares, torch.eye(2)),
-        (noise[:, :, None] * shares[:, None], 0),
-    ):
+    independent = noise[:, :, None] * shares[:, None]
+    for values, expected in ((shares, 1), (noise, 0), (squares, torch.eye(2)), (independent, 0)):
         assert ((values.mean(0) - expected).abs() <= 5 * values.std(0) / math.sqrt(n)).all()  # 5 standard errors
 
 
@@ -60,7 +55,7 @@ def test_samples_have_the_moments_of_the_mixture(name):
 def test_a_label_leaves_the_components_of_its_class(name):
     """ε of the mixture of these components alone; guidance as Eq. 18 has it; "no class" is the whole mixture."""
     mixture, (alpha, sigma) = DISTRIBUTIONS[name], schedule_at(0.8)
-    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = points(6).double()
     whole = mixture.eps(x, alpha, sigma)
     for c in range(mixture.num_classes):
         label = torch.full((6,), c)
@@ -78,14 +73,13 @@ def test_class_probabilities_are_bayes():
     np.testing.assert_allclose(mixture.class_probabilities(x), density / density.sum(1, keepdims=True), rtol=1e-5)
 
 
-@pytest.mark.parametrize("label, w", [(None, 0.0), (1, 0.0), (1, 2.0)])
-def test_the_endpoint_is_where_1000_ddim_steps_of_diffusers_arrive(label, w):
-    mixture = DISTRIBUTIONS["clouds"]
+def test_the_endpoint_is_where_1000_ddim_steps_of_diffusers_arrive():
+    """With a condition and guidance."""
+    mixture, label, w = DISTRIBUTIONS["clouds"], torch.ones(200).long(), 2.0
     ddim = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     ddim.set_timesteps(1000)
-    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    label = label if label is None else torch.full((200,), label)
-    x, alpha, sigma = noise, ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
+    noise = x = points(200)
+    alpha, sigma = ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
     for t in ddim.timesteps:
         x = ddim.step(mixture.eps(x, alpha[t].view(1, 1), sigma[t].view(1, 1), label, w), t, x).prev_sample
     end = mixture.endpoint(noise, alpha[-1].view(1, 1), sigma[-1].view(1, 1), label, w)
@@ -107,21 +101,16 @@ def test_network_takes_one_time_or_one_each_and_times_in_between():
     assert len(each.unique(dim=0)) == 4
 
 
-def ideal(name, x, t):
-    alpha, sigma = SCHEDULE.at(t, 2)
-    return to_x0_eps(DISTRIBUTIONS[name].eps(x, alpha, sigma), x, alpha, sigma, "epsilon")
-
-
 @pytest.mark.parametrize("k", [20, 100])
 @pytest.mark.parametrize("name", sorted({*DISTRIBUTIONS} - {"gaussian"}))  # one Gaussian's trajectories are straight
 def test_the_sub_path_that_is_shown_is_bent_and_its_line_a_chord_in_z(name, k):
-    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
-    path = plots.sub_path(partial(ideal, name), SCHEDULE, noise, k)
-    x, alpha = path.x[:, path.which].double(), path.alpha.double()
+    noise = points(16, 0).double()
+    path = plots.sub_path(partial(mixture_denoiser, mixture=DISTRIBUTIONS[name]), SD, noise, k)
+    x, alpha = path.x[:, path.which], path.alpha.double()
     assert path.end - path.begin == k and torch.equal(path.x[0], noise)
-    assert (x[-1] - DISTRIBUTIONS[name].endpoint(x[:1], *SCHEDULE.at(torch.tensor([999]), 2))).norm() < 0.1  # by scipy
+    assert (x[-1] - DISTRIBUTIONS[name].endpoint(x[:1], *SD.at(torch.tensor([999]), 2))).norm() < 0.1  # by scipy
     ends = torch.stack([alpha[path.begin] / alpha[path.end] * x[path.end], x[path.begin]])  # r x_s and x_t
-    torch.testing.assert_close(path.line[[0, -1]].double(), ends, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(path.line[[0, -1]], ends, rtol=1e-5, atol=1e-5)
     # Somewhere the curve leaves its chord, but it does not fold back on it.
     z = (x / alpha)[path.begin : path.end + 1]
     (along, across), rise = z[-1] - z[0], z - z[0]
@@ -131,7 +120,7 @@ def test_the_sub_path_that_is_shown_is_bent_and_its_line_a_chord_in_z(name, k):
 @pytest.mark.parametrize("panels, shape", [(1, (1, 1)), (6, (1, 6)), (7, (2, 4)), (13, (3, 5))])
 def test_the_picture_wraps_any_number_of_panels(monkeypatch, panels, shape):
     monkeypatch.setattr(plots, "_rendered", lambda figure: figure)
-    path = plots.sub_path(partial(ideal, "8gaussians"), SCHEDULE, torch.randn(8, 2), 100)
+    path = plots.sub_path(mixture_denoiser, SD, points(8).double(), 100)
     named = {f"a long name, {i} steps": torch.randn(50, 2) for i in range(panels)}
     for below, shown in ((None, 0), (path, 3)):
         axes = [axis for axis in plots.overview(named, below).axes if axis.axison]
