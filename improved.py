@@ -26,7 +26,7 @@ def time_at(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
     signal, noise = schedule.at(torch.arange(len(schedule), device=alpha.device), 1)
     table = (noise / signal.clamp_min(1e-20)).log()  # α may be 0 at the last time
     log_ratio = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
-    after = torch.searchsorted(table, log_ratio).clamp(1, len(schedule) - 1)
+    after = torch.searchsorted(table, log_ratio).clamp_min(1)
     before = after - 1
     return before + (log_ratio - table[before]) / (table[after] - table[before])
 

@@ -350,7 +350,7 @@ def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     whole sample's norm: docs/equations.md, note 15.)
     """
     _check("metric", metric, METRICS)
-    difference = (a.float() - b.float()).flatten(1)
+    difference = (a - b).flatten(1)
     if metric == "l2":
         return difference.square().mean(1)
     return ((difference.square() + HUBER_C**2).sqrt() - HUBER_C).mean(1)
