@@ -40,6 +40,7 @@ def call(monkeypatch, capsys):
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        capsys.readouterr()  # what came before is not of this program
         status = 0
         try:
             main()
@@ -53,7 +54,6 @@ def call(monkeypatch, capsys):
 
 
 ROOT = Path(__file__).parents[1]
-DISTILL = "import distill; distill.main()"
 
 
 def python(*arguments) -> subprocess.CompletedProcess:
@@ -61,16 +61,6 @@ def python(*arguments) -> subprocess.CompletedProcess:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-
-
-def killed_at(step: int) -> str:
-    """distill.py, killed in that step."""
-    return f"""import distill, os, signal, training
-log = training.Run.log
-def log_or_die(run, step, loss):
-    os.kill(os.getpid(), signal.SIGKILL) if step == {step} else log(run, step, loss)
-training.Run.log = log_or_die
-distill.main()"""
 
 
 def losses(folder: Path) -> list[float]:

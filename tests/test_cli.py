@@ -1,6 +1,7 @@
 """How the programs speak: one line for what is foreseen, a traceback for our own mistakes."""
 
-import sys
+import os
+import signal
 
 import pytest
 import torch
@@ -9,51 +10,43 @@ from conftest import one_line, python
 import cli
 
 
-def ends(monkeypatch, capsys, error: BaseException) -> tuple[object, str]:
-    """Exit status and stderr of a program that ends with this error."""
-
+def failing(error: BaseException):
     @cli.program
     def main() -> None:
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["folder/program.py"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code, capsys.readouterr().err
+    return main
 
 
 @pytest.mark.parametrize(
     "error, status, words",
     [
-        (cli.BadInput("--k is wrong"), 2, "program.py: error: --k is wrong"),
+        (cli.BadInput("--k is wrong"), 2, "test_cli.py: error: --k is wrong"),
         (PermissionError(13, "Permission denied", "x"), 1, "Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to\nuse"), 1, "CUDA out of memory"),
         (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
     ],
 )
-def test_what_is_foreseen_is_one_line(monkeypatch, capsys, error, status, words):
-    code, err = ends(monkeypatch, capsys, error)
+def test_what_is_foreseen_is_one_line(call, monkeypatch, error, status, words):
+    code, _, err = call(failing(error))
     assert code == status and words in one_line(err)
     monkeypatch.setenv("SPLAM_TRACEBACK", "1")
     with pytest.raises(type(error)):
-        cli.program(lambda: (_ for _ in ()).throw(error))()
+        failing(error)()
 
 
-@pytest.mark.parametrize("error", [KeyError("k"), RuntimeError("shapes"), ValueError("ours"), TypeError("t")])
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("ours")])  # what the foreseen ones are kinds of
 def test_a_mistake_of_ours_keeps_its_traceback(error):
-    """A student's typing error in splad_loss must not come out as bad input."""
-
-    def main() -> None:
-        raise error
-
+    """A typing error in splad_loss must not come out as bad input."""
     with pytest.raises(type(error)):
-        cli.program(main)()
+        failing(error)()
 
 
-def test_sigterm_is_an_interruption():
+def test_sigterm_is_an_interruption(call):
     """What a cluster's scheduler sends before it kills."""
-    done = python("-c", "import cli, os, signal; cli.program(lambda: os.kill(os.getpid(), signal.SIGTERM))()")
-    assert done.returncode == 130 and "interrupted" in one_line(done.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a program without a handler goes on, and this test with it
+    status, _, err = call(cli.program(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert status == 130 and "interrupted" in one_line(err)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +86,6 @@ def test_prompts_are_texts_or_lines_of_a_file(tmp_path):
     file.write_text("\n")
     with pytest.raises(cli.BadInput, match="no prompts"):
         cli.read_prompts([str(file)])
-    with pytest.raises(OSError):  # which the decorator shows in one line
-        cli.read_prompts([str(tmp_path / "missing.txt")])
 
 
 def test_places_for_results_are_refused_before_the_work(tmp_path):
@@ -103,28 +94,31 @@ def test_places_for_results_are_refused_before_the_work(tmp_path):
         with pytest.raises(cli.BadInput, match=r"ends in \.png"):
             cli.output_file(path, ".png")
     assert cli.output_file(tmp_path / "new" / "x.png", ".png").parent.is_dir()
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError):
-        cli.writable_folder(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+@pytest.mark.parametrize("text", ["[]", "{"])
 def test_a_record_that_a_person_edited_is_refused_by_name(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(cli.BadInput, match="metrics.json"):
         cli.read_json(tmp_path / "metrics.json")
 
 
-HEAVY = "{'diffusers', 'transformers', 'peft', 'webdataset', 'torchmetrics', 'torchvision'}"
-
-
-@pytest.mark.parametrize("name", ["distill", "teacher", "sample", "evaluate"])
-def test_help_waits_for_no_heavy_library(name):
-    script = f"""import sys, {name}
-sys.argv = ["{name}.py", "--help"]
-try:
-    {name}.main()
-except SystemExit:
-    assert not (loaded := {HEAVY} & set(sys.modules)), loaded"""
+def test_help_waits_for_no_heavy_library_and_the_toy_for_few(tmp_path):
+    """They take seconds. One process shows it of all programs, since what one has imported the next ones have too."""
+    script = f"""import contextlib, sys, distill, evaluate, sample, teacher
+def run(program, flags):
+    sys.argv = ["program.py", *flags.split()]
+    with contextlib.suppress(SystemExit):
+        program.main()
+few = {{'transformers', 'peft', 'webdataset', 'torchmetrics', 'torchvision'}}
+for program in (distill, evaluate, sample, teacher):
+    run(program, "--help")
+assert not (loaded := {{'diffusers', *few}} & set(sys.modules)), loaded
+short = "--max_train_steps 1 --lr_warmup_steps 0 --output_dir {tmp_path}/"
+teacher.PointModel.many_steps = 2
+run(teacher, f"--data toy:8gaussians {{short}}t")
+run(distill, f"--pretrained_teacher_model {tmp_path}/t --num_eval_samples 16 {{short}}s")
+assert not (loaded := few & set(sys.modules)), loaded"""
     done = python("-c", script)
-    assert done.returncode == 0 and "--" in done.stdout, done.stderr
+    assert done.returncode == 0 and (tmp_path / "s/metrics.json").is_file(), done.stderr
+    assert done.stdout.count("usage: ") == 4 and "--k 100 --guidance_w 3 --metric huber" in done.stdout  # the presets

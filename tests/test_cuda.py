@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import save, unet
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from test_sdxl import POOLED, xl
-from test_stable_diffusion import pipeline
+from test_stable_diffusion import POOLED, pipeline, xl
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
@@ -50,7 +49,7 @@ class CopyToGpu(TorchFunctionMode):
 
 
 def encoded(pipeline, prompt, device, **_):
-    """Embeddings with and without condition; of SDXL also the pooled ones, whose widths test_sdxl.py has."""
+    """Embeddings with and without condition; of SDXL also the pooled ones, whose widths test_stable_diffusion.py has."""
     shape = len(prompt), pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
     found = [torch.empty(shape, device=device)] * 2
     if hasattr(pipeline, "text_encoder_2"):

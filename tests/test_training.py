@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import is_tensorboard_available
-from conftest import ROOT, killed_at, losses, one_line, python, save, unet
+from conftest import ROOT, losses, one_line, python, save, unet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,9 +24,10 @@ from toy.mlp import PointMLP
 
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
-    """A 2-D distillation of 6 steps from a small random teacher. Few points in its picture, which takes longest."""
+    """A 2-D distillation of 6 steps from a small random teacher. Its picture, which takes longest, shows little."""
     monkeypatch.setattr(distill, "preview", lambda model: (32, 8))
-    monkeypatch.setattr(teacher.PointModel, "many_steps", 20)
+    for kind in (teacher.PointModel, teacher.ImageModel):
+        monkeypatch.setattr(kind, "many_steps", 2)
     torch.manual_seed(0)
     folder = save(tmp_path / "teacher", PointMLP(width=16, depth=1), clip_sample=False)
     return f"""--pretrained_teacher_model {folder} --max_train_steps 6 --train_batch_size 8 --lr_warmup_steps 2
@@ -47,52 +48,33 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def last_line(err: str) -> str:
-    """The one line that stands below the progress bar of a run that had begun."""
-    return one_line("\n".join(line for line in err.split("\n") if "step/s" not in line and "s/step" not in line))
+KILLED = """import distill, os, pathlib, signal, training
+def killing(function, now):
+    def wrapped(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL) if now(*arguments) else function(*arguments)
+    return wrapped
+{where} = killing({where}, {when})
+distill.main()"""
 
 
-# -- the same run -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["points", "images"])
-def test_a_run_resumed_after_a_kill_is_bit_identical(kind, flags, images, tmp_path, call):
+@pytest.mark.parametrize("kind, last, where, when", ids=["points", "images"], argvalues=[
+    ("points", 2, "pathlib.Path.rename", "lambda draft, final: 'checkpoint-4' in str(final)"),  # while it is written
+    ("images", 4, "training.Run.log", "lambda run, step, loss: step == 5"),
+])  # fmt: skip
+def test_a_run_resumed_after_a_kill_is_bit_identical(
+    kind, last, where, when, flags, images, tmp_path, call, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as in the killed process
     if kind == "images":
         folder = save(tmp_path / "unet", unet(classes=3, dropout=0.2))  # whose dropout draws without a generator
         flags += ["--pretrained_teacher_model", folder, "--data", images, "--guidance_w", 1, "--validation_steps", 0]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = python("-c", "import distill; distill.main()", *flags, "--output_dir", whole)
-    assert done.returncode == 0, done.stderr
-    assert python("-c", killed_at(5), *flags, "--output_dir", killed).returncode == -9
-    assert [path.name for path in training.checkpoints(killed)] == ["checkpoint-4"]
-    again = [*flags, "--output_dir", killed, "--resume_from_checkpoint", "latest"]
-    done = python("-c", "import distill; distill.main()", *again)
-    assert done.returncode == 0, done.stderr
+    assert call(distill.main, *flags, "--output_dir", whole)[0] == 0
+    script = KILLED.format(where=where, when=when)
+    assert python("-c", script, *flags, "--output_dir", killed).returncode == -9
+    assert [path.name for path in training.checkpoints(killed)] == [f"checkpoint-{last}"]
+    assert call(distill.main, *flags, "--output_dir", killed, "--resume_from_checkpoint", "latest")[0] == 0
     assert_equal(everything(whole), everything(killed))
-
-
-def test_a_kill_while_writing_leaves_the_last_good_checkpoint(flags, tmp_path, call):
-    out = tmp_path / "out"
-    script = """import distill, os, signal
-from pathlib import Path
-rename = Path.rename
-def rename_or_die(path, target):
-    os.kill(os.getpid(), signal.SIGKILL) if "checkpoint-4" in str(target) else rename(path, target)
-Path.rename = rename_or_die
-distill.main()"""
-    assert python("-c", script, *flags, "--output_dir", out).returncode == -9
-    assert (out / "checkpoints/checkpoint-4.tmp").is_dir()
-    assert [path.name for path in training.checkpoints(out)] == ["checkpoint-2"]
-    status, _, err = call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")
-    assert status == 0 and [path.name for path in training.checkpoints(out)] == ["checkpoint-6"], err
-
-
-def test_the_same_seed_repeats_exactly_and_another_does_not(flags, tmp_path, call):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert call(distill.main, *flags, "--output_dir", tmp_path / name, "--seed", seed)[0] == 0
-    a, b, c = (everything(tmp_path / name) for name in "abc")
-    assert_equal(a, b)
-    assert not torch.equal(a["s.last.weight"], c["s.last.weight"])
 
 
 def test_the_random_numbers_of_micro_batches_differ_in_everything():
@@ -103,11 +85,11 @@ def test_the_random_numbers_of_micro_batches_differ_in_everything():
 
 
 def test_micro_batches_and_processes_only_divide_the_work(flags, tmp_path, call):
-    """Two processes compute what one does with two micro-batches; a step may be cut otherwise after a resume."""
+    """Two processes compute what one does with two micro-batches."""
     micro, two = tmp_path / "micro", tmp_path / "two"
     assert call(distill.main, *flags, "--gradient_accumulation_steps", 2, "--output_dir", micro)[0] == 0
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = python(*launch, ROOT / "distill.py", *flags, "--output_dir", two, "--max_train_steps", 6)
+    done = python(*launch, ROOT / "distill.py", *flags, "--output_dir", two)
     assert done.returncode == 0, done.stderr
     start, one = load_file(tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors"), student(micro)
     for key, weight in student(two).items():
@@ -142,51 +124,39 @@ def test_processes_that_would_not_cooperate_are_refused(flags, tmp_path, call, m
     assert status == 2 and "ACCELERATE_USE_CPU" in one_line(err) and not (tmp_path / "out").exists()
 
 
-# -- what lies in the folder ------------------------------------------------------------------------------------------
-
-
 def unchanged(folder: Path) -> dict[Path, bytes]:
     """What lies in the folder, to be compared with what lies there later."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_that_an_earlier_run_wrote_is_lost(flags, tmp_path, call):
-    out, other = tmp_path / "out", tmp_path / "other"
+    out, latest = tmp_path / "out", ["--resume_from_checkpoint", "latest"]
     assert call(distill.main, *flags, "--output_dir", out)[0] == 0
-    assert call(distill.main, *flags, "--output_dir", other, "--checkpointing_steps", 3)[0] == 0
-    before, latest = unchanged(out), ["--resume_from_checkpoint", "latest"]
+    before = unchanged(out)
     for more, words in (
-        ([*latest, "--k", 200], "k was 100 and is 200"),
         ([*latest, "--seed", 1, "--metric", "l2"], "metric was huber and is l2, seed was 0 and is 1"),
         ([*latest, "--improved", "time"], "improved was [] and is ['time']"),
         (["--resume_from_checkpoint", tmp_path / "teacher"], "holds checkpoint-6"),
-        (["--resume_from_checkpoint", other / "checkpoints/checkpoint-6"], "holds checkpoint-6 of an earlier run"),
         ([], "holds checkpoint-6 of an earlier run: --resume_from_checkpoint latest"),
     ):
         status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
         assert status == 2 and words in one_line(err), err
         assert before == unchanged(out)
     # What is written, and how often, may change.
-    free = ["--checkpointing_steps", 5, "--validation_steps", 4, "--prompts", "0"]
-    status, _, err = call(distill.main, *flags, "--output_dir", out, *latest, *free[:4])
+    free = ["--checkpointing_steps", 5, "--validation_steps", 4]
+    status, _, err = call(distill.main, *flags, "--output_dir", out, *latest, *free)
     assert status == 0 and len(losses(out)) == 6, err  # not a step was made
 
 
-@pytest.mark.parametrize("name", ["unet/config.json", "notes.txt", "model_index.json"])
-def test_a_folder_that_is_not_a_runs_is_refused(flags, tmp_path, call, name):
-    """A model's parts would replace the user's own under the same names."""
-    file = tmp_path / "mine" / name
+def test_a_folder_that_holds_something_of_the_users_is_refused(flags, tmp_path, call):
+    """A model's parts would replace those of the same names."""
+    file = tmp_path / "mine/unet/config.json"
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "mine")
-    assert status == 2 and "no run of this program" in one_line(err), err
-    assert file.read_text() == "mine" and [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [file]
-
-
-def test_the_teachers_own_folder_is_refused(flags, tmp_path, call):
-    status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / "teacher")
-    assert status == 2 and "the teacher's own folder" in one_line(err)
-    assert not teacher.load(str(tmp_path / "teacher")).is_student
+    for name, words in (("mine", "no run of this program"), ("teacher", "the teacher's own folder")):
+        before = unchanged(tmp_path / name)
+        status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / name)
+        assert status == 2 and words in one_line(err) and unchanged(tmp_path / name) == before, err
 
 
 class Evil:
@@ -221,9 +191,6 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_runs_no_code(flags, 
             assert before == unchanged(out) and not (tmp_path / "owned").exists(), (file, name)
 
 
-# -- steps, log, divergence -------------------------------------------------------------------------------------------
-
-
 def test_the_saved_student_is_the_average_of_the_online_network(flags, tmp_path, call, monkeypatch):
     """Eq. 6's θ⁻: μ θ⁻ + (1 - μ) θ after each step, from the teacher's weights on; and it is what is exported."""
     online, mu, checkpoint = [], 0.5, training.Run.checkpoint
@@ -256,15 +223,13 @@ def test_the_gradient_is_limited_and_0_means_that_it_is_not(flags, tmp_path, cal
     assert 1e-2 < norms[1e-3] == norms[100.0] == norms[0] < 100
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_every_schedule_warms_up_and_a_warm_up_without_a_run_is_refused(flags, tmp_path, call, schedule):
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_every_schedule_warms_up(flags, tmp_path, call, schedule):
     more = ["--lr_scheduler", schedule, "--learning_rate", 1e-3]
     assert call(distill.main, *flags, *more, "--output_dir", tmp_path / "out")[0] == 0
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])  # logged after the step: the next one's
     assert rates[-1] == pytest.approx(1e-3 if schedule == "constant" else 0)
-    status, _, err = call(distill.main, *flags, "--lr_warmup_steps", 6, "--output_dir", tmp_path / "long")
-    assert status == 2 and "--lr_warmup_steps" in one_line(err)
 
 
 def test_a_tracker_gets_flags_numbers_and_pictures_and_a_missing_one_is_refused(flags, tmp_path, call):
@@ -312,26 +277,7 @@ def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path
     else:
         monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     status, _, err = call(distill.main, *flags, *more, "--output_dir", out)
-    assert status == 2 and "not finite" in last_line(err), err
-    assert (
-        all(math.isfinite(loss) for loss in losses(out)) if (out / "metrics.jsonl").exists() else broken == "gradient"
-    )
-    assert not (out / "model_index.json").exists()
-
-
-def test_what_cannot_be_written_is_one_line_and_spoils_nothing(flags, tmp_path, call, monkeypatch):
-    """A disk that is full when the second checkpoint is written."""
-    out, rename = tmp_path / "out", Path.rename
-
-    def failing(path, target):
-        if "checkpoint-4" in str(target):
-            raise OSError(28, "No space left on device", str(target))
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", failing)
-        status, _, err = call(distill.main, *flags, "--output_dir", out)
-    assert status == 1 and "No space left" in last_line(err), err
-    assert [p.name for p in training.checkpoints(out)] == ["checkpoint-2"]
-    assert call(distill.main, *flags, "--output_dir", out, "--resume_from_checkpoint", "latest")[0] == 0
-    assert teacher.load(str(out)).is_student
+    bar, line = (line for line in err.split("\n") if line.strip())  # of the run that had begun
+    assert status == 2 and "not finite" in line and "step" in bar
+    logged = "".join(file.read_text() for file in out.glob("metrics.jsonl"))
+    assert "NaN" not in logged and "Infinity" not in logged and not (out / "model_index.json").exists()
