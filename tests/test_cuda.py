@@ -49,7 +49,7 @@ class CopyToGpu(TorchFunctionMode):
 
 
 def encoded(pipeline, prompt, device, **_):
-    """Embeddings with and without condition; of SDXL also the pooled ones, whose widths test_stable_diffusion.py has."""
+    """Embeddings with and without condition; of SDXL also the pooled ones, as wide as in test_stable_diffusion.py."""
     shape = len(prompt), pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
     found = [torch.empty(shape, device=device)] * 2
     if hasattr(pipeline, "text_encoder_2"):
