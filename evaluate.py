@@ -337,9 +337,7 @@ class Evaluation:
         options = {name: getattr(self, name) for name in ("prompts", "batch_size", "mixed_precision")}
         options |= {"w": w, "timesteps": times}
         if samples_dir:
-            how = [str(steps), *(f"t{t}" for t in times), *([f"w{w:g}"] if w else [])]
-            folder = Path(samples_dir) / "-".join([Path(model.name).name, *how])
-            sample.sample_to_folder(model, self.seeds, folder, steps, **options)
+            folder = sample.sample_to_folder(model, self.seeds, Path(samples_dir), steps, **options)
             parts = torch.tensor(self.seeds).split(self.batch_size)
             batches = (torch.stack([sample.read_png(folder, seed) for seed in part.tolist()]) for part in parts)
         else:
@@ -377,11 +375,7 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
     plan = [("teacher, DDIM", teacher, n, w) for n in sorted(teacher_steps, reverse=True)]
     for name, student in students.items():  # whose guidance is in its weights, if its network is not told w
         plan += [(name, student, n, w if student.takes_w else 0.0) for n in sorted(steps)]
-    # All are checked before the first takes its time.
-    names = {model.name for model in (teacher, *students.values())}
-    shared = len({Path(name).name for name in names}) < len(names)
-    refuse(samples_dir and shared, f"--samples_dir: two would share a folder, of {', '.join(sorted(names))}")
-    for name, model, n, guidance in plan:
+    for name, model, n, guidance in plan:  # all are checked before the first takes its time
         sample.check_steps(model, n, timesteps=() if model is teacher else evaluation.timesteps, w=guidance)
         other = (type(model), model.null_label) != (type(teacher), teacher.null_label)
         refuse(other, f"{name} and its teacher are of different kinds, or know different numbers of classes")

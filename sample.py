@@ -117,7 +117,7 @@ def sample_batches(
     check_steps(model, steps, timesteps, w)
     times = list(timesteps) or sampling_times(model, steps)
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    words = {"desc": f"{model.name}, {n_steps(steps)}", "unit": "call", "leave": False}
+    words = {"desc": title(model, steps, timesteps, w), "unit": "call", "leave": False}
     with tqdm(total=len(batches) * (steps + 1), **words) as bar:  # the last call for each batch is the decoder's
         for batch in batches:
             # The noise is float32 under autocast too: only products and convolutions are computed in half precision.
@@ -147,14 +147,18 @@ def read_png(folder: Path, seed: int) -> Tensor:
         return to_range(to_tensor(image))
 
 
-def sample_to_folder(model: DiffusionModel, seeds: Sequence[int], folder: Path, steps: int, **options) -> None:
-    """Sample s becomes `folder`/s.png. Several processes share the work. BadInput if the folder holds other files.
+def sample_to_folder(
+    model: DiffusionModel, seeds: Sequence[int], out: Path, steps: int, timesteps=(), w: float = 0.0, **options
+) -> Path:
+    """Sample s becomes s.png in a folder below `out`, which has the name of the model and of how it is sampled. Returns
+    that folder. Several processes share the work. BadInput if it holds other files.
 
-    What is there already is kept, so that an interrupted call can go on. Nothing tells which model made it; so a
-    warning says how many there are.
+    What is there already is kept, so that an interrupted call can go on, and a warning says how many there are: the
+    model of that name may have been another one then.
     """
     refuse(len(model.shape) == 1, "points are not kept in files: --out must end in .png")
-    state, folder, names = training.process(), writable_folder(folder), {png(folder, seed).name for seed in seeds}
+    folder = writable_folder(out / slug(title(model, steps, timesteps, w)))
+    state, names = training.process(), {png(folder, seed).name for seed in seeds}
     found = {path.name.removesuffix(".tmp") for path in folder.iterdir() if not path.name.startswith(".")}
     refuse(found - names, f"{folder} holds other files than these samples: {', '.join(sorted(found - names)[:3])}")
     # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
@@ -162,12 +166,13 @@ def sample_to_folder(model: DiffusionModel, seeds: Sequence[int], folder: Path, 
     missing = [seed for seed in share if not png(folder, seed).is_file()]
     if len(missing) < len(share):
         logging.getLogger("sample").warning("%s has %d samples, which are kept", folder, len(share) - len(missing))
-    batches = sample_batches(model, missing, steps, **options)
+    batches = sample_batches(model, missing, steps, timesteps=timesteps, w=w, **options)
     for seed, image in zip(missing, (image for batch in batches for image in batch), strict=True):
         draft = png(folder, seed).with_suffix(".png.tmp")  # renamed when complete: whatever is called .png is whole
         Image.fromarray(to_pixels(image[None])[0]).save(draft, "PNG")
         draft.replace(png(folder, seed))
     state.wait_for_everyone()  # the caller may read the samples of all processes next
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +236,16 @@ def n_steps(n: int, timesteps: Sequence[int] = ()) -> str:
     return ("1 step" if n == 1 else f"{n} steps") + times
 
 
+def title(model: DiffusionModel, steps: int, timesteps: Sequence[int] = (), w: float = 0.0) -> str:
+    """What samples are called: "runs/cifar-teacher, w = 2, 50 steps"."""
+    return f"{model.name}{f', w = {w:g}' if w else ''}, {n_steps(steps, timesteps)}"
+
+
+def slug(text: str) -> str:
+    """The text as the name of a file."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +271,7 @@ def parser() -> Parser:
     flag("--teacher_steps", type=positive, nargs="+", help="of teachers (default 50)")
     flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers and for networks that take w")
     flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
-    flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
+    flag("--out", default="samples.png", help="a .png for one picture of all, else a folder with one for each model")
     add_arguments(p)
     for option, words in LOAD_OPTIONS.items():
         flag(f"--{option}", help=words)
@@ -281,8 +296,7 @@ def main() -> None:
         refuse(useless and len(models) == 1, f"{model.name} is a {kind}")
         for n in steps:
             check_steps(model, n, timesteps, w)
-            title = f"{model.name}{f', w = {w:g}' if w else ''}, {n_steps(n, timesteps)}"
-            plan[title] = model, n, {"timesteps": timesteps, "w": w}
+            plan[title(model, n, timesteps, w)] = model, n, {"timesteps": timesteps, "w": w}
     out = Path(args.out)
     if out.suffix.lower() in Image.registered_extensions():  # whoever writes samples.jpg does not want a folder
         output_file(out, ".png")
@@ -290,12 +304,11 @@ def main() -> None:
     number, columns = preview(models[0])
     number = args.num_images or (number if len(plan) == 1 else columns)
     seeds = range(args.seed, args.seed + number)
-    for title, (model, n, how) in plan.items():
+    for name, (model, n, how) in plan.items():
         if out.suffix == ".png":
-            rows[title] = sample(model, seeds, n, **how, **options)
+            rows[name] = sample(model, seeds, n, **how, **options)
         else:
-            folder = out / re.sub(r"[^\w.+]+", "-", title).strip("-") if len(plan) > 1 else out
-            sample_to_folder(model, seeds, folder, n, **how, **options)
+            sample_to_folder(model, seeds, out, n, **how, **options)
     if len(rows) == 1:
         picture(*rows.values(), columns).save(out)
     elif rows:

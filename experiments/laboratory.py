@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -34,7 +33,7 @@ from cli import writable_folder
 from data import POINTS
 from evaluate import Evaluation, print_rows, provenance
 from experiments.bench import forward_passes
-from sample import n_steps
+from sample import n_steps, slug
 from teacher import DiffusionModel
 from toy import plots
 
@@ -245,11 +244,6 @@ def jobs_of(experiment: Experiment, args: argparse.Namespace, others: list[str],
             flags += ["--pretrained_teacher_model", source]
             jobs.append(Job(experiment, name, flags, fit, args, work / f"{slug(name)}-{seed}.json"))
     return jobs
-
-
-def slug(text: str) -> str:
-    """The text as the name of a file."""
-    return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
 def perform(experiment: Experiment, args: argparse.Namespace, others: list[str]) -> None:
