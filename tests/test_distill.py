@@ -152,6 +152,15 @@ def test_the_first_loss_of_a_guided_run_is_splad_loss_with_the_guided_teacher(im
     assert abs(wanted[2] - wanted[0]) > 0.01 * wanted[2] < abs(wanted[2] - wanted[-2])
 
 
+def test_dropout_is_the_students_alone(points, tmp_path):
+    """In the target or the teacher it would be noise in what the student is asked for."""
+    flags = ["--pretrained_teacher_model", str(points), "--output_dir", str(tmp_path / "out")]
+    distillation = distill.Distillation(*distill.configure(flags))
+    next(distillation.steps())
+    modes = [part.training for part in (distillation.run.model, distillation.target, distillation.teacher.network)]
+    assert modes == [True, False, False]
+
+
 def test_every_flag_of_the_method_is_read(points, tmp_path, call):
     """Each changes the very first loss, the same for all else; in bf16 it stays near its float32 value."""
     base = first_loss(call, points, tmp_path / "out")
