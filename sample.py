@@ -242,8 +242,8 @@ def title(model: DiffusionModel, steps: int, timesteps: Sequence[int] = (), w: f
 
 
 def slug(text: str) -> str:
-    """The text as the name of a file."""
-    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+    """The text as the name of a file, the same for a folder that was typed as ./runs/it/ or as runs/it."""
+    return re.sub(r"[^\w.+]+", "-", text).strip("-.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ def test_a_grid_and_a_folder_have_the_same_pixels_and_a_folder_is_filled_up(tmp_
     flags = ["--teacher_steps", 2, "--num_images", 4, "--seed", 5, "--out"]
     for out in (tmp_path / "out", grid):
         assert call(sample.main, name, *flags, out)[0] == 0
+    assert sample.slug("./runs/a/, 4 steps") == sample.slug("runs/a, 4 steps") == "runs-a-4-steps"
     names, (folder,) = [f"{seed:06d}.png" for seed in range(5, 9)], (tmp_path / "out").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == names
     whole = np.asarray(Image.open(grid))
