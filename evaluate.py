@@ -337,7 +337,9 @@ class Evaluation:
         options = {name: getattr(self, name) for name in ("prompts", "batch_size", "mixed_precision")}
         options |= {"w": w, "timesteps": times}
         if samples_dir:
-            folder = sample.sample_to_folder(model, self.seeds, Path(samples_dir), steps, **options)
+            # Named as sample.py names it, which may have filled it.
+            folder = Path(samples_dir, sample.slug(sample.title(model, steps, times, w)))
+            sample.sample_to_folder(model, self.seeds, folder, steps, **options)
             parts = torch.tensor(self.seeds).split(self.batch_size)
             batches = (torch.stack([sample.read_png(folder, seed) for seed in part.tolist()]) for part in parts)
         else:

@@ -147,18 +147,14 @@ def read_png(folder: Path, seed: int) -> Tensor:
         return to_range(to_tensor(image))
 
 
-def sample_to_folder(
-    model: DiffusionModel, seeds: Sequence[int], out: Path, steps: int, timesteps=(), w: float = 0.0, **options
-) -> Path:
-    """Sample s becomes s.png in a folder below `out`, which has the name of the model and of how it is sampled. Returns
-    that folder. Several processes share the work. BadInput if it holds other files.
+def sample_to_folder(model: DiffusionModel, seeds: Sequence[int], folder: Path, steps: int, **options) -> None:
+    """Sample s becomes `folder`/s.png. Several processes share the work. BadInput if the folder holds other files.
 
-    What is there already is kept, so that an interrupted call can go on, and a warning says how many there are: the
-    model of that name may have been another one then.
+    What is there already is kept, so that an interrupted call can go on. Nothing tells which model made it; so a
+    warning says how many there are.
     """
     refuse(len(model.shape) == 1, "points are not kept in files: --out must end in .png")
-    folder = writable_folder(out / slug(title(model, steps, timesteps, w)))
-    state, names = training.process(), {png(folder, seed).name for seed in seeds}
+    state, folder, names = training.process(), writable_folder(folder), {png(folder, seed).name for seed in seeds}
     found = {path.name.removesuffix(".tmp") for path in folder.iterdir() if not path.name.startswith(".")}
     refuse(found - names, f"{folder} holds other files than these samples: {', '.join(sorted(found - names)[:3])}")
     # Each process takes every n-th seed, and of those the ones that no earlier call has finished.
@@ -166,13 +162,12 @@ def sample_to_folder(
     missing = [seed for seed in share if not png(folder, seed).is_file()]
     if len(missing) < len(share):
         logging.getLogger("sample").warning("%s has %d samples, which are kept", folder, len(share) - len(missing))
-    batches = sample_batches(model, missing, steps, timesteps=timesteps, w=w, **options)
+    batches = sample_batches(model, missing, steps, **options)
     for seed, image in zip(missing, (image for batch in batches for image in batch), strict=True):
         draft = png(folder, seed).with_suffix(".png.tmp")  # renamed when complete: whatever is called .png is whole
         Image.fromarray(to_pixels(image[None])[0]).save(draft, "PNG")
         draft.replace(png(folder, seed))
     state.wait_for_everyone()  # the caller may read the samples of all processes next
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +266,7 @@ def parser() -> Parser:
     flag("--teacher_steps", type=positive, nargs="+", help="of teachers (default 50)")
     flag("--guidance_w", type=finite, default=0.0, help="ε + w (ε - ε_∅), for teachers and for networks that take w")
     flag("--num_images", type=positive, help="default: one row of each of several models, about 64 of one; points 4096")
-    flag("--out", default="samples.png", help="a .png for one picture of all, else a folder with one for each model")
+    flag("--out", default="samples.png", help="a .png for one picture of all, else a folder for one each")
     add_arguments(p)
     for option, words in LOAD_OPTIONS.items():
         flag(f"--{option}", help=words)
@@ -308,7 +303,7 @@ def main() -> None:
         if out.suffix == ".png":
             rows[name] = sample(model, seeds, n, **how, **options)
         else:
-            sample_to_folder(model, seeds, out, n, **how, **options)
+            sample_to_folder(model, seeds, out / slug(name) if len(plan) > 1 else out, n, **how, **options)
     if len(rows) == 1:
         picture(*rows.values(), columns).save(out)
     elif rows:

@@ -98,13 +98,12 @@ def test_a_student_that_takes_w_is_told_it(monkeypatch):
 
 
 def test_a_grid_and_a_folder_have_the_same_pixels_and_a_folder_is_filled_up(tmp_path, call, caplog):
-    name, grid = tmp_path / "model", tmp_path / "grid.png"
+    name, folder, grid = (tmp_path / part for part in ("model", "folder", "grid.png"))
     save(model_with(), name)
     flags = ["--teacher_steps", 2, "--num_images", 4, "--seed", 5, "--out"]
-    for out in (tmp_path / "out", grid):
+    for out in (folder, grid):
         assert call(sample.main, name, *flags, out)[0] == 0
-    assert sample.slug("./runs/a/, 4 steps") == sample.slug("runs/a, 4 steps") == "runs-a-4-steps"
-    names, (folder,) = [f"{seed:06d}.png" for seed in range(5, 9)], (tmp_path / "out").iterdir()
+    names = [f"{seed:06d}.png" for seed in range(5, 9)]
     assert sorted(path.name for path in folder.iterdir()) == names
     whole = np.asarray(Image.open(grid))
     for i, file in enumerate(names):
@@ -113,11 +112,11 @@ def test_a_grid_and_a_folder_have_the_same_pixels_and_a_folder_is_filled_up(tmp_
     made = (folder / names[1]).read_bytes()
     (folder / names[0]).write_bytes(b"kept")
     (folder / names[1]).rename(folder / f"{names[1]}.tmp")
-    assert call(sample.main, name, *flags, folder.parent)[0] == 0 and "has 3 samples, which are kept" in caplog.text
+    assert call(sample.main, name, *flags, folder)[0] == 0 and "has 3 samples, which are kept" in caplog.text
     assert (folder / names[0]).read_bytes() == b"kept" and (folder / names[1]).read_bytes() == made
     assert (to_pixels(sample.read_png(folder, 7)[None])[0] == np.asarray(Image.open(folder / names[2]))).all()
     flags[3] = 3  # of 4, so that one of the samples is another file
-    status, _, err = call(sample.main, name, *flags, folder.parent)
+    status, _, err = call(sample.main, name, *flags, folder)
     assert status == 2 and "holds other files than these samples: 000008.png" in one_line(err)
 
 
@@ -126,11 +125,11 @@ def test_processes_share_the_samples_of_a_folder(tmp_path, monkeypatch):
     for rank in range(3):
         state = SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=lambda: None)
         monkeypatch.setattr(training, "process", lambda state=state: state)
-        folder = sample.sample_to_folder(model, range(5, 12), tmp_path, 2, batch_size=2)
-        made.append(len(list(folder.glob("*.png"))))
+        sample.sample_to_folder(model, range(5, 12), tmp_path, 2, batch_size=2)
+        made.append(len(list(tmp_path.glob("*.png"))))
     assert made == [3, 5, 7]
     alone = VaeImageProcessor().postprocess(sample.sample(model, [11], 2))[0]  # pixels as diffusers makes them
-    assert (np.asarray(Image.open(folder / "000011.png")) == np.asarray(alone)).all()
+    assert (np.asarray(Image.open(tmp_path / "000011.png")) == np.asarray(alone)).all()
 
 
 @pytest.mark.parametrize(("classes", "columns"), [(None, 8), (3, 6), (10, 10), (40, 8)])
@@ -165,6 +164,7 @@ def test_a_teacher_is_guided_beside_its_student(tmp_path, call, monkeypatch):
     flags = ["--guidance_w", 2, "--steps", 1, 2, "--teacher_steps", 2, "--num_images", 3, "--out", "out"]
     status, _, err = call(sample.main, "DDP", "LCM", *flags)
     assert status == 0 and "DDP, w = 2, 2 steps:   0%" in err
+    assert sample.slug("./runs/a/, 4 steps") == sample.slug("runs/a, 4 steps") == "runs-a-4-steps"
     names = {path.name for path in Path("out").iterdir()}
     assert names == {"DDP-w-2-2-steps", "LCM-1-step", "LCM-2-steps"}
 
