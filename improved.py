@@ -24,7 +24,7 @@ def time_at(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
     Diffusion's schedule), so that the interpolation is accurate everywhere.
     """
     signal, noise = schedule.at(torch.arange(len(schedule), device=alpha.device), 1)
-    table = (noise / signal.clamp_min(1e-20)).log()  # α may be 0 at the last time
+    table = (noise / signal.clamp_min(1e-20)).log()  # α may be 0 at t = N-1
     log_ratio = (sigma / alpha.clamp_min(1e-20)).log().flatten().clamp(table[0], table[-1])
     after = torch.searchsorted(table, log_ratio).clamp_min(1)
     before = after - 1
@@ -65,9 +65,9 @@ def second_order(
 ) -> Tensor:
     """x̂_s from x_t by k / `solver_step` steps of DPM-Solver++(2S), two calls of the teacher each.
 
-    Why it helps: with k = 100 a single such step costs two calls instead of five, and is more accurate than five DDIM
-    steps in the middle of the way. What it costs: near the data it is less accurate; and where α_T is 0 the first
-    sub-path is infinitely long in λ = log(α/σ), and there it gains nothing.
+    Why it helps: with k = 100 a single such step costs two calls instead of five, so that a run of the same cost has
+    more steps. What it costs: over the whole way five DDIM steps are more accurate (note 17), which a long run will
+    show; and where α is 0 at t = N-1, the sub-path from there is infinitely long in λ = log(α/σ) and gains nothing.
 
     How it works: divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM, Euler's method for it, takes
     x_0 at the start of the step for constant. x_0 in the middle is a better constant. So a DDIM step goes half of the
@@ -76,7 +76,7 @@ def second_order(
 
     def lam(time: Tensor) -> Tensor:
         alpha, sigma = schedule.at(time, x.ndim)
-        return (alpha.clamp_min(1e-20) / sigma).log()  # λ; α may be 0 at the last time
+        return (alpha.clamp_min(1e-20) / sigma).log()  # λ; α may be 0 at t = N-1
 
     for _ in range(math.ceil(k / solver_step)):
         t_next = torch.maximum(t - solver_step, s)
@@ -104,8 +104,8 @@ class StraightPath(Schedule):
     What it is: nothing in splam.py's section 2 asks for α² + σ² = 1. With z = x/α and ρ = σ/α the ODE is dz/dρ = ε here
     too, DDIM is Euler's method in σ, and both lines and both σ_γ stay as they are (docs/equations.md, note 18).
 
-    What changes: α + σ = 1 holds on the DL line and not on the SL line, so here DL is the natural one. At the first
-    time α is 0, so that r is 0 and all points of an SL line are γ x_t: they do not tell where it ends.
+    What changes: α + σ = 1 holds on the DL line and not on the SL line, so here DL is the natural one. At
+    t = N-1 α is 0, so that r is 0 and all points of an SL line are γ x_t: they do not tell where it ends.
     """
 
     def __init__(self, times: int):

@@ -1,8 +1,8 @@
 """The Sub-Path Linear Approximation Model (SPLAM, Xu et al., ECCV 2024) as a chapter to read beside the paper.
 
 "Eq. 12" below is the paper's Eq. 12; docs/equations.md has all of them in one place. "Section 4.2.2" is the paper's,
-"section 2" is below. This file holds the paper's method and nothing else, and needs only torch. What this project
-found beyond the paper stands in improved.py.
+"section 2" is below. This file holds the paper's method, and needs only torch. What this project found beyond the paper
+stands in improved.py; of it only one line is here, "flow" in to_x0_eps.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
     2  The line that replaces a sub-path    Eq. 9-14, 20-28     sub_path_point
@@ -17,7 +17,7 @@ Notation
     t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path;  s = max(t - k, 0)
     r            drift ratio α_t / α_s, smaller than 1
     k, k_φ, m    length of a sub-path, length of a solver step, solver steps in a sub-path:  m = k / k_φ
-    γ            place on the sub-path: 1 at its start x_t, 0 at its shrunken end r x_s
+    γ            place on the line: 1 at the start x_t, 0 at the shrunken end r x_s
     w            guidance scale in ε + w (ε - ε_∅): w = 8 here is guidance_scale 9 in diffusers
     θ, θ⁻        weights of the student, and their running average (the "target")
     f, F         The paper swaps these letters. In Eq. 4 to 7, f is the consistency function with its boundary condition
@@ -175,7 +175,7 @@ SIGMA_FORMS = ("linear", "markov")
 
 
 class SubPathPoint(NamedTuple):
-    """A point x_γ = α_γ x̂_0 + σ_γ ε̂ of a sub-path; α_γ and σ_γ are shaped to multiply x."""
+    """A point x_γ = α_γ x̂_0 + σ_γ ε̂ of a line; α_γ and σ_γ are shaped to multiply x."""
 
     x: Tensor
     alpha: Tensor
@@ -195,7 +195,8 @@ def sub_path_point(
     alpha_t, sigma_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s = schedule.at(s, x_t.ndim)
     r = alpha_t / alpha_s
-    # The variance of Eq. 20's fresh noise, 1 - r², in another form: with it γ = 1 gives back σ_t, however small it is.
+    # The variance of Eq. 20's fresh noise, 1 - r², in a form that holds on any path (improved.StraightPath) and gives
+    # back σ_t at γ = 1, however small it is.
     fresh = sigma_t**2 - r**2 * sigma_s**2
     if ode == "sl":
         x = (1 - g) * r * x_s + g * x_t  # Eq. 12
@@ -219,7 +220,7 @@ def sub_path_point(
 #
 # The student is a copy of the teacher's network. At γ < 1 its input holds less noise than the time t announces, so a
 # network that believes t estimates the noise wrongly. In x̂_0 = (x - σ ε)/α the mistake is multiplied by σ/α, which is
-# 15 at t = 999. So the network must be told where on the sub-path it is: an embedding of γ is added to the network's
+# 15 at t = 999. So the network must be told where on the line it is: an embedding of γ is added to the network's
 # own embedding of t, and the network learns what it means. The embedding is zero at γ = 1. So there the network is
 # exactly the teacher's before training; and after training, when γ is always 1, the embedding's weights are dropped.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ class ConsistencyFunction(nn.Module):
     """F_θ(x_γ, c, γ) of Eq. 16 around a network with diffusers' signature, `network(x, t, **cond).sample`.
 
     This is the finished student, which is asked at γ = 1 only. A student in training is a subclass, whose `tell` says
-    to the network where on the sub-path it is.
+    to the network where on the line it is.
     """
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction_type: str):
@@ -438,7 +439,7 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 #
 # One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. Its
 # error is largest for this longest jump. So more steps go back part of the way: fresh noise is added to x̂_0 until it
-# has as much as a less noisy time than the first, and the student jumps again from there, a shorter way. x̂_0 and the
+# has as much as at a time below N-1, and the student jumps again from there, a shorter way. x̂_0 and the
 # noise are independent, as x_0 and ε are in Eq. 1, so a perfect student's new points are distributed as they should be.
 # But each lies on another trajectory: with more than one step, the first noise alone does not decide the sample.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,10 +471,11 @@ def few_step_sample(
     Yields x̂_0 after each step, so that a caller can draw the way; the last one is the sample. `randn` returns fresh
     noise of the shape of `noise` at each call.
     """
-    x0 = torch.zeros_like(noise)
-    for i, time in enumerate(times):
+    x, x0 = noise, None
+    for time in times:
         t = torch.full((len(noise),), time, device=noise.device)
-        alpha, sigma = schedule.at(t, noise.ndim)
-        x = alpha * x0 + sigma * randn() if i else noise
+        if x0 is not None:
+            alpha, sigma = schedule.at(t, noise.ndim)
+            x = alpha * x0 + sigma * randn()
         x0 = student(x, t, **cond)
         yield x0

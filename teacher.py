@@ -601,8 +601,8 @@ def _load_lora(folder: Path, **options: str | None) -> DiffusionModel:
 # Training a teacher: ordinary denoising
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Command lines by kind of model, which are read before what was typed. Points take 15 seconds of two CPU cores,
-# images half an hour. scaled_linear is the form of Stable Diffusion's noise schedule; linear is DDPM's own. These
+# Command lines by kind of model, which are read before what was typed. Points take 15 seconds of one CPU core, images
+# half an hour of two. scaled_linear is the form of Stable Diffusion's noise schedule; linear is DDPM's own. These
 # channels make 2.5 M weights.
 RECIPES = {
     "points": "--max_train_steps 3000 --train_batch_size 512 --learning_rate 2e-3 --beta_schedule scaled_linear",

@@ -45,21 +45,20 @@ class Claim(NamedTuple):
     says: str  # one of FITTING, which stands in the place of {}
     a: str
     b: str
-    record: str = "tab3_sl_vs_dl"
+    record: str = "tab3"
     measure: str = ""  # another than those above, which only some records have
     a_steps: str = ""  # if they are not the four of B
     after: float = 1  # this part of the training
     larger_is_better: bool = False
 
 
-# SL and SPLAM are the same student: the paper's, with its embedding of γ. One with t' is told a time instead, "half"
-# has half of the γ at 1, "2S x 1" is solved by one second-order step, and "exact" is the Markov σ. Where a name has no
-# k, it is 100 with multiple estimation. Only in fig2a_skip_size does that have a name of its own, "+ ME".
-SIZE, STEPS, ERROR, SCALE = "fig2a_skip_size", "fig2b_convergence", "fig2c_error", "fig3_guidance"
-SOLVER, METRIC, GRID, NARROW = (f"what_decides_{name}" for name in ("solver", "metric", "grid", "width"))
+# The names are those of table.py, so that an experiment that is repeated is read here without a change. SL and SPLAM
+# are the same student there, the paper's, with its embedding of γ. Where a name has no k, it is 100.
 GROWTH = "SPLAM, k = 200 / SPLAM, k = 50", "LCM, k = 200 / LCM, k = 50"
-GUIDED = "SPLAM + ME, w = 8", "SPLAM + ME, w = 0", SCALE
-HALF, SUM = "SPLAM, t', half of γ at 1", "sum of neighbours"
+NARROW = "SPLAM, t': 32 units, not 128", "LCM: 32 units, not 128", "decides-width"
+GUIDED = "SPLAM, w = 8", "SPLAM, w = 0", "fig3"
+SOLVER, SUM = "decides-solver", "sum of neighbours"
+HALF, SECOND = "SPLAM, t', half: DDIM x 5", "SPLAM, t', half, second order"
 AHEAD, BEHIND, LEVEL, NOT_BEHIND = FITTING
 PAPER = [
     # k = 20 for both on SD2.1-base; on SD1.5 SPLAM has 100, and with w = 8 its two steps surpass LCM's four (Section
@@ -72,44 +71,43 @@ PAPER = [
     Claim("Table 3", "DL {} LCM at k = 20", AHEAD, "DL, k = 100", "LCM, k = 20"),
     # Section 5.2: with k, "LCM suffers a more drastic decline", as long as a sub-path is solved in one step. In more of
     # them SPLAM is "stably maintaining high image fidelity with large steps".
-    Claim("Fig. 2(a)", "SPLAM {} LCM in growth, k = 50 to 200, no ME", AHEAD, *GROWTH, SIZE),
-    Claim("Fig. 2(a)", "SPLAM with ME {} SPLAM without", AHEAD, "SPLAM + ME, k = 100", "SPLAM, k = 100", SIZE),
+    Claim("Fig. 2(a)", "SPLAM {} LCM in growth, k = 50 to 200, no ME", AHEAD, *GROWTH, "fig2a"),
+    Claim("Fig. 2(a)", "SPLAM with ME {} SPLAM without", AHEAD, "SPLAM + ME, k = 100", "SPLAM, k = 100", "fig2a"),
     Claim("Fig. 2(a)", "SPLAM {} SPLAM, k = 20", AHEAD, "SL, k = 100", "SL, k = 20"),
-    Claim("Fig. 2(a)", "SPLAM, k = 200, {} k = 100", NOT_BEHIND, "SPLAM + ME, k = 200", "SPLAM + ME, k = 100", SIZE),
+    Claim("Fig. 2(a)", "SPLAM, k = 200, {} k = 100", NOT_BEHIND, "SPLAM + ME, k = 200", "SPLAM + ME, k = 100", "fig2a"),
     # "Our metrics initially converge more slowly", then SPLAM surpasses LCM "by a large margin"; k = 100 "brings SPLAM
     # faster convergence".
-    Claim("Fig. 2(b)", "SPLAM early {} LCM, both k = 20", BEHIND, "SPLAM, k = 20", "LCM, k = 20", STEPS, after=1 / 8),
-    Claim("Fig. 2(b)", "SPLAM late {} LCM, both k = 20", AHEAD, "SPLAM, k = 20", "LCM, k = 20", STEPS),
-    Claim("Fig. 2(b)", "SPLAM early {} LCM at k = 20", AHEAD, "SPLAM + ME, k = 100", "LCM, k = 20", STEPS, after=1 / 8),
+    Claim("Fig. 2(b)", "SPLAM early {} LCM, both k = 20", BEHIND, "SPLAM, k = 20", "LCM, k = 20", "fig2b", after=1 / 8),
+    Claim("Fig. 2(b)", "SPLAM late {} LCM, both k = 20", AHEAD, "SPLAM, k = 20", "LCM, k = 20", "fig2b"),
+    Claim("Fig. 2(b)", "SPLAM early {} LCM at k = 20", AHEAD, "SPLAM, k = 100", "LCM, k = 20", "fig2b", after=1 / 8),
     # The sum of |f(x_t, t) - f(x_s, s)| over neighbours, which bounds the error of the whole.
-    Claim("Fig. 2(c)", "SPLAM {} LCM in sum, both k = 20", AHEAD, "SPLAM, k = 20", "LCM, k = 20", ERROR, SUM),
-    Claim("Fig. 2(c)", "SPLAM {} LCM in sum", AHEAD, "SPLAM + ME, k = 100", "LCM + ME, k = 100", ERROR, SUM),
+    Claim("Fig. 2(c)", "SPLAM {} LCM in sum, both k = 20", AHEAD, "SPLAM, k = 20", "LCM, k = 20", "fig2c", SUM),
+    Claim("Fig. 2(c)", "SPLAM {} LCM in sum", AHEAD, "SPLAM, k = 100", "LCM, k = 100", "fig2c", SUM),
     # A larger w costs FID and follows the prompt better. Fidelity is the probability of the desired class.
     Claim("Fig. 3", "SPLAM, w = 8, {} w = 0 in W2", BEHIND, *GUIDED, "W2, 4 steps"),
     Claim("Fig. 3", "SPLAM, w = 8, {} w = 0 in fidelity", AHEAD, *GUIDED, "fidelity, student", larger_is_better=True),
-    # Huber "provides faster convergence". Only students with all three parts have been trained with L2: see below.
+    # Huber "provides faster convergence".
     Claim("App. A", "SPLAM with Huber {} L2 early", AHEAD, "SPLAM: huber", "SPLAM: l2", "decides-metric"),
     # Training with the approximate σ or with the exact one "yields nearly the same results".
-    Claim("App. B", "linear σ {} Markov σ, k = 20", LEVEL, "SL, k = 20", "SL, exact σ, k = 20"),
-    Claim("App. B", "linear σ {} Markov σ", LEVEL, "SL, k = 100", "SL, exact σ, k = 100"),
+    Claim("App. B", "linear σ {} Markov σ, k = 20", LEVEL, "SL, k = 20", "SL, Markov σ, k = 20"),
+    Claim("App. B", "linear σ {} Markov σ", LEVEL, "SL, k = 100", "SL, Markov σ, k = 100"),
 ]
 # What this project adds, as if it claimed that each part helps; LCM with the part that it can have, too; and where the
 # records have SPLAM at its best against LCM.
 OURS = [
     Claim("ours", "SPLAM, t', {} SPLAM", AHEAD, "SL, t', k = 100", "SL, k = 100"),
-    Claim("ours", "SPLAM, t', half, {} t'", AHEAD, "SL, t', k = 100, half of γ at 1", "SL, t', k = 100"),
-    Claim("ours", "SPLAM, all three, {} t', half", AHEAD, f"{HALF}: 2S x 1", f"{HALF}: DDIM x 5", SOLVER),
-    Claim("ours", "LCM, second order, {} LCM", AHEAD, "LCM: 2S x 1", "LCM: DDIM x 5", SOLVER),
-    Claim("ours", "SPLAM, t', half, {} LCM", AHEAD, "SL, t', k = 100, half of γ at 1", "LCM, k = 100"),
-    Claim("ours", "SPLAM, all three, {} LCM, second order", AHEAD, f"{HALF}: 2S x 1", "LCM: 2S x 1", SOLVER),
-    Claim("ours", "SPLAM, t', late {} LCM, both k = 20", AHEAD, "SPLAM, t', k = 20", "LCM, k = 20", STEPS),
-    Claim("ours", "SPLAM, t', 32 units, {} LCM", AHEAD, "SPLAM, t': 32 units", "LCM: 32 units", NARROW),
-    Claim("ours", "SPLAM off the grid {} LCM", AHEAD, "SPLAM: k = 50, off the grid", "LCM: k = 50, off the grid", GRID),
+    Claim("ours", "SPLAM, t', half, {} t'", AHEAD, "SL, t', half, k = 100", "SL, t', k = 100"),
+    Claim("ours", "SPLAM, all three, {} t', half", AHEAD, SECOND, HALF, SOLVER),
+    Claim("ours", "LCM, second order, {} LCM", AHEAD, "LCM, second order", "LCM: DDIM x 5", SOLVER),
+    Claim("ours", "SPLAM, t', half, {} LCM", AHEAD, "SL, t', half, k = 100", "LCM, k = 100"),
+    Claim("ours", "SPLAM, all three, {} LCM, second order", AHEAD, SECOND, "LCM, second order", SOLVER),
+    Claim("ours", "SPLAM, t', late {} LCM, both k = 20", AHEAD, "SPLAM, t', k = 20", "LCM, k = 20", "fig2b"),
+    Claim("ours", "SPLAM, t', 32 units, {} LCM", AHEAD, *NARROW),
     Claim("ours", "SL, t', {} DL, t'", AHEAD, "SL, t', k = 100", "DL, t', k = 100"),
     Claim("ours", "flow matching: DL {} SL", AHEAD, "DL, k = 100", "SL, k = 100", "flow"),
-    Claim("ours", "SPLAM, t', {} LCM in sum", AHEAD, "SPLAM + ME, t', k = 100", "LCM + ME, k = 100", ERROR, SUM),
-    Claim("ours", "all three, Huber, {} L2", AHEAD, f"{HALF}: huber", f"{HALF}: l2", METRIC),
-    Claim("ours", "t', linear σ, {} Markov σ", AHEAD, "SL, t', k = 100", "SL, exact σ, t', k = 100"),
+    Claim("ours", "SPLAM, t', {} LCM in sum", AHEAD, "SPLAM, t', k = 100", "LCM, k = 100", "fig2c", SUM),
+    Claim("ours", "all three, Huber, {} L2", AHEAD, f"{SECOND}: huber", f"{SECOND}: l2", "decides-metric"),
+    Claim("ours", "t', linear σ, {} Markov σ", AHEAD, "SL, t', k = 100", "SL, Markov σ, t', k = 100"),
 ]
 
 
@@ -137,33 +135,16 @@ def judge(a: Sequence[float], b: Sequence[float]) -> Verdict:
     return Verdict(word, np.exp(logs), *np.exp([logs.mean(), low, high]).tolist())
 
 
-def rows_of(record: str, student: str) -> dict[int, list[dict]]:
-    """The rows of a student by seed, in the order of training; none if it has no record.
-
-    A student is known by its name, and not by its flags: those have changed their names and defaults since.
-    """
-    rows = {}
-    # On images the paper's student of Figure 2(b) was trained later than the others, with the same teacher.
-    for file in (RESULTS / f"{record}.json", RESULTS / f"{record}-embedding.json"):
-        found = json.loads(file.read_text())["rows"].get(student, []) if file.is_file() else []
-        if found and isinstance(found[0], list):  # a list for each seed, as the laboratory writes them now
-            rows |= dict(enumerate(found))
-        else:  # as it wrote them before: one list, in which a row knows its seed
-            for row in found:
-                rows.setdefault(row["seed"], []).append(row)
-    return rows
-
-
-def errors(record: str, side: str, column: str, after: float) -> dict[int, float]:
-    """By seed, what one side of a claim has in a column after a part of its training."""
+def errors(record: str, side: str, column: str, after: float) -> list[float]:
+    """Seed by seed, what one side of a claim has in a column after a part of its training; none without a record."""
     student, _, divisor = side.partition(" / ")
-    values = {}
-    for seed, rows in rows_of(record, student).items():
-        row = min(rows, key=lambda row: abs(row["step"] - after * rows[-1]["step"]))
-        values[seed] = row[column]
+    file, values = RESULTS / f"{record}.json", []
+    for rows in json.loads(file.read_text())["rows"].get(student, []) if file.is_file() else []:
+        # The nearest row: students of unequal cost are measured after unequal numbers of steps.
+        values.append(min(rows, key=lambda row: abs(row["step"] - after * rows[-1]["step"]))[column])
     if divisor:
         divisors = errors(record, divisor, column, after)
-        values = {seed: values[seed] / divisors[seed] for seed in values.keys() & divisors.keys()}
+        values = [value / other for value, other in zip(values, divisors, strict=False)]
     return values
 
 
@@ -176,8 +157,8 @@ def decide(claim: Claim, measure: str) -> Verdict | None:
     column_of_a = column.replace("4 steps", claim.a_steps or "4 steps")
     a = errors(claim.record + ending, claim.a, column_of_a, claim.after)
     b = errors(claim.record + ending, claim.b, column, claim.after)
-    seeds = sorted(a.keys() & b.keys())
-    sides = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    seeds = min(len(a), len(b))  # that both have
+    sides = a[:seeds], b[:seeds]
     return judge(*(reversed(sides) if claim.larger_is_better else sides)) if seeds else None
 
 

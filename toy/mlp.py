@@ -52,8 +52,8 @@ class PointMLP(nn.Module, ConfigMixin):
         self.last = nn.Linear(width, 2)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Output:
-        """x (B, 2), times (B,) or one time, which need not be whole, and class numbers (B,) if it has classes."""
-        # t need not be whole: improved.py tells a student times between those of the schedule.
+        """x (B, 2), times (B,) or one time, and class numbers (B,) if it has classes. Times need not be whole:
+        improved.py tells a student some between those of the schedule."""
         emb = self.time_embedding(self.time_proj(timestep.expand(len(sample))))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
