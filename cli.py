@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -46,9 +45,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapped() -> None:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-        # A cluster's scheduler sends SIGTERM before it kills. Only a main thread may set what it does.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # which a cluster's scheduler sends before it kills
         try:
             with logging_redirect_tqdm():  # a warning has a line of its own, above the progress bars
                 main()

@@ -190,7 +190,6 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     refuse(args.guidance_w and not teacher.conditional, f"--guidance_w: {teacher.name} has no labels to be guided by")
     texts = bool(teacher.default_prompts)
     refuse(args.lora_rank and not texts, "--lora_rank is for models that are prompted by texts")
-    refuse(args.max_train_samples and texts, "--max_train_samples: captions are a stream. --data names fewer shards")
     if "time" in args.improved and args.ode != "lcm":
         learned = teacher.network.config.get("time_embedding_type") == "learned"
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")

@@ -17,6 +17,7 @@ that is another one then (see `loader`).
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -56,7 +57,6 @@ def add_arguments(parser: Parser) -> None:
     flag = parser.add_argument_group("training").add_argument
     flag("--seed", type=count, default=0, help="of weights, data order and noise")
     flag("--max_train_steps", type=positive, help="paper: 6,000 for SD1.5, 80,000 for SD2.1-base")
-    flag("--max_train_samples", type=positive, help="draw from so many of the data, which the seed chooses")
     flag("--train_batch_size", type=positive, help="per process; paper: 1024 over 16 GPUs")
     flag("--gradient_accumulation_steps", type=positive, default=1, help="batches per step")
     flag("--learning_rate", type=amount, help="of AdamW; paper: 8e-6")
@@ -122,31 +122,20 @@ def loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    limit: int | None = None,
 ) -> Iterator[list[Tensor]]:
     """Micro-batches without end for process `rank` of `world`, from its `first` on.
 
     Samples are drawn independently, as Algorithm 1 draws x_0: there are no epochs. Captions come as a stream instead,
-    which cannot be entered in the middle, so `first` makes it another stream. With a `limit` only so many samples are
-    drawn from, which the seed has chosen: the files of a data set are sorted by class.
+    which cannot be entered in the middle, so `first` makes it another stream.
     """
     options = {"batch_size": None, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
     options["generator"] = torch.Generator()  # or the loader would draw one of the numbers that dropout gets
     if isinstance(dataset, Captions):
         return iter(DataLoader(dataset.batches(batch_size, seed * 2**31 + first, rank, world), **options))
 
-    order = torch.arange(len(dataset))
-    if limit:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
-
-    def indices() -> Iterator[list[int]]:
-        number = first * world + rank
-        while True:
-            drawn = torch.randint(len(order), (batch_size,), generator=numbered(seed, number, ORDER))
-            yield order[drawn].tolist()
-            number += world
-
-    return iter(DataLoader(dataset, sampler=indices(), **options))
+    draws = (numbered(seed, number, ORDER) for number in itertools.count(first * world + rank, world))
+    indices = (torch.randint(len(dataset), (batch_size,), generator=generator).tolist() for generator in draws)
+    return iter(DataLoader(dataset, sampler=indices, **options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +234,8 @@ class Run:
         and the generator of its random numbers."""
         args, accelerator, parts = self.args, self.accelerator, self.args.gradient_accumulation_steps
         rank, world, first = accelerator.process_index, accelerator.num_processes, self.step * parts
-        options = {"workers": args.dataloader_num_workers, "limit": args.max_train_samples}
-        stream = loader(self.dataset, args.train_batch_size, args.seed, first, rank, world, **options)
+        workers = args.dataloader_num_workers
+        stream = loader(self.dataset, args.train_batch_size, args.seed, first, rank, world, workers)
         bar = {"initial": self.step, "total": args.max_train_steps, "unit": "step", "mininterval": 1}
         self.bar = tqdm(desc=self.folder.name, disable=not accelerator.is_main_process, **bar)
         for micro_batch in range(first, args.max_train_steps * parts):

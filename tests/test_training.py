@@ -257,18 +257,6 @@ def test_a_resumed_loader_goes_on_where_processes_share_the_work():
     assert torch.equal(x, points.samples[indices])
 
 
-def test_a_limited_number_of_samples_is_a_choice_from_all_of_them():
-    """The files of a data set are sorted by class, so that the first ones would be of one."""
-    seen = {}
-    for seed in (0, 1):
-        stream = training.loader(Points("toy:8gaussians"), 64, seed, limit=20)
-        points = torch.cat([next(stream)[0] for _ in range(10)])
-        seen[seed] = {tuple(point) for point in points.tolist()}
-        first = {tuple(point) for point in Points("toy:8gaussians").samples[:1000].tolist()}
-        assert len(seen[seed]) == 20 and len(seen[seed] & first) < 5
-    assert seen[0] != seen[1]
-
-
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_run_that_diverges_ends_before_anything_of_it_is_saved(flags, tmp_path, call, monkeypatch, broken):
     out, more = tmp_path / "out", ["--checkpointing_steps", 1, "--lr_warmup_steps", 0]
