@@ -247,15 +247,17 @@ class Distillation:
             network.enable_gradient_checkpointing()
         student = self.parts["student"](network, teacher.schedule, teacher.prediction_type)
         # θ⁻ begins as θ. It is copied before accelerate wraps the student for several processes: a wrapped copy would
-        # take part in the gradient's communication.
-        self.target = copy.deepcopy(student).eval().requires_grad_(False)
+        # take part in the gradient's communication. What is not trained, all but a LoRA, stays one tensor: of SDXL a
+        # copy would be 10 GB.
+        frozen = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
+        self.target = copy.deepcopy(student, frozen).eval().requires_grad_(False)
         # The teacher is never trained. So its weights may be kept in the precision in which it computes.
         teacher.to(training.process().device, training.DTYPES[args.mixed_precision])
         self.run = training.Run(args, student, teacher.dataset(args), self.target)
         # Compiled in place, so that names of weights and the modules around them stay what they are.
         if args.torch_compile:
             for module in (network, self.target.network, teacher.network):
-                module.compile()
+                module.compile(dynamic=False)  # one size each: the guided teacher's batch is twice the student's
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """Algorithm 1. Yields each step's number, when student and target have been updated, and its last loss."""
@@ -303,7 +305,8 @@ def main() -> None:
     # program ends here, and not after hours of training.
     evaluation, process = None, training.process()
     if args.num_eval_samples and process.is_main_process:
-        evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, prompts=args.prompts)
+        how = {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
+        evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, **how)
     distillation = Distillation(args, teacher)
     run = distillation.run
     # Algorithm 1 runs here. All else in this function saves, measures and shows.
@@ -321,7 +324,8 @@ def main() -> None:
 def validate(args: argparse.Namespace, step: int, student: DiffusionModel) -> Image.Image:
     """A picture of the student as it is after this step, which is kept and returned."""
     number, columns = preview(student)
-    shown = picture(sample(student, range(number), STEPS[-1], prompts=args.prompts), columns)
+    how = {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
+    shown = picture(sample(student, range(number), STEPS[-1], **how), columns)
     shown.save(writable_folder(Path(args.output_dir, "samples")) / f"step-{step}.png")
     return shown
 
@@ -348,9 +352,9 @@ def finish(
         metrics |= {"rows": comparison.rows, "reference": comparison.reference}
         record.write_text(json.dumps(metrics, indent=2))
     else:
-        seeds, prompts = range(preview(teacher)[0]), args.prompts
-        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, prompts=prompts)}
-        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, prompts=prompts) for n in STEPS}
+        seeds, how = range(preview(teacher)[0]), {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
+        samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, **how)}
+        samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, **how) for n in STEPS}
     shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row
     overview(teacher, shown, args.k).save(folder / "overview.png")
     # errors: names of files need not be text.

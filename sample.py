@@ -126,7 +126,7 @@ def sample_batches(
                 cond = model.condition([labels[seed % len(labels)] for seed in batch], w if model.is_student else 0.0)
                 for x in sampler(model, noise, times, cond, w):  # noqa: B007
                     bar.update()
-            samples = model.decode(x).cpu()
+                samples = model.decode(x).cpu()
             bar.update()
             yield samples
 

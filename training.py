@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ def add_data_arguments(parser: Parser) -> None:
 
 def process() -> PartialState:
     """This process's rank and device, also before a Run exists. A program that was not launched has one process."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # Processes wait for the main one while it reads the data to measure against. By default they give up in 10 minutes.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
 
 
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
@@ -154,12 +156,12 @@ def check(args: argparse.Namespace) -> None:
     trackers = ["all", *map(str, get_available_trackers())]
     words = f"--report_to {args.report_to} is none of {', '.join(trackers)}, which are installed"
     refuse(args.report_to and args.report_to not in trackers, words)
-    # Without GPUs, `accelerate launch` sets an address for several processes and starts one; and those that torchrun
-    # starts do not find each other, unless accelerate is told that they have no GPUs.
+    # Without GPUs, or by a configuration of its own, `accelerate launch` sets an address for several processes and
+    # starts one. Those that torchrun starts do not find each other, unless accelerate knows that they have no GPUs.
     launched = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
-    asked = int(os.environ.get("WORLD_SIZE", 2 if launched and not torch.cuda.is_available() else 1))
-    ways = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
-    refuse(process().num_processes != asked, f"several processes without GPUs work together only by {ways}")
+    alone = process().num_processes != int(os.environ.get("WORLD_SIZE", 2 if launched else 1))
+    ways = "accelerate launch --multi_gpu; without GPUs ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
+    refuse(alone, f"several processes were asked for, and this one is alone: {ways}")
     folder = Path(args.output_dir)
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")

@@ -232,6 +232,21 @@ def test_a_card_has_the_licence_of_the_teachers_and_links_what_the_hub_can(folde
     assert ModelCard(distill.model_card(args, model)).data.base_model == model.name
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_target_copies_what_is_trained_and_nothing_else(folder, captions, tmp_path, rank):
+    """Of SDXL a copy of all that a LoRA leaves alone would be 10 GB. Nor does the average move it."""
+    args, teacher = distill.configure(
+        [*map(str, flags(folder(pipeline()), captions, tmp_path / "out", lora_rank=rank, ema_decay=0.5))]
+    )
+    run = distill.Distillation(args, teacher)
+    student = dict(run.run.model.named_parameters())
+    target = dict(run.target.named_parameters())
+    assert all((target[name] is weight) != weight.requires_grad for name, weight in student.items())
+    frozen = {name: weight.clone() for name, weight in student.items() if not weight.requires_grad}
+    next(run.steps())
+    assert bool(frozen) == bool(rank) and all(torch.equal(student[name], old) for name, old in frozen.items())
+
+
 def test_a_lora_remembers_its_resolution_and_a_dataset_leaves_the_model_alone(folder, captions, tmp_path, call):
     teacher, out = folder(pipeline()), tmp_path / "out"
     status, _, err = call(distill.main, *flags(teacher, captions, out, lora_rank=2, resolution=32))
