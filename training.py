@@ -217,7 +217,7 @@ class Run:
         # Matrix products only. PyTorch allows TF32 in convolutions by default, which a VAE in float32 needs.
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
-        options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "fused": True}  # one kernel for all
+        options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(trained, **options)
         name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
         schedule = get_scheduler(name, optimizer, None, args.lr_warmup_steps, args.max_train_steps)
