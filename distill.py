@@ -2,7 +2,7 @@
 
     python distill.py                                         two minutes on a laptop: 8 Gaussians in two dimensions
     python distill.py --pretrained_teacher_model runs/cifar10-teacher --data data/cifar10
-    accelerate launch distill.py --preset sd15 --data 'laion/{00000..00999}.tar'
+    accelerate launch distill.py --preset sd15 --gradient_checkpointing --data 'laion/{00000..00999}.tar'
 
 In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
 What it calls stands in splam.py.
@@ -63,10 +63,10 @@ RECIPES = {
     f" --mixed_precision bf16 --validation_steps 500 --dataloader_num_workers {min(4, os.cpu_count() or 1)}",
 }
 # Appendix A of the paper, for both of its models. The batch of 1024 is 64 on each of 16 GPUs (with fewer, raise
-# --gradient_accumulation_steps); no warm-up is mentioned. Without checkpointing a GPU of 80 GB would be too small.
+# --gradient_accumulation_steps); no warm-up is mentioned.
 PAPER = (
     " --solver_step 20 --ema_decay 0.95 --train_batch_size 64 --learning_rate 8e-6 --lr_scheduler constant"
-    " --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10 --gradient_checkpointing"
+    " --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10"
 )
 PRESETS = {
     # w = 3 is the paper's for its FIDs; its pictures have w = 8. k = 100 are five solver steps.
@@ -180,8 +180,8 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     # With k = N-1 or more every sub-path would end at time 0, and the target would be the solver's own end: plain
     # regression, and no longer consistency training.
     refuse(args.k >= times - 1, f"--k must be smaller than {times - 1}, the teacher's last time")
-    # A target at a time that is no start has never been trained as one. LCM fails by it, and SPLAM nearly
-    # as badly; with --improved time, lines pass there.
+    # A target at a time that is no start has never been trained as one. LCM fails by it, and
+    # SPLAM nearly as badly; with --improved time, lines pass there.
     off = f"--k {args.k} ends sub-paths where none start: the starts are {spacing} apart"
     refuse(args.k % spacing and args.ode == "lcm", off)
     if args.k % spacing:
@@ -260,7 +260,7 @@ class Distillation:
                 module.compile(dynamic=False)  # one size each: the guided teacher's batch is twice the student's
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
-        """Algorithm 1. Yields each step's number, when student and target have been updated, and its last loss."""
+        """Algorithm 1. After each update of student and target, yields the step's number and its last loss."""
         args, teacher, target, run = self.args, self.teacher, self.target, self.run
         accelerator, student, schedule = run.accelerator, run.model, teacher.schedule
         method = {"k": args.k, "solver_step": args.solver_step, "solver": self.parts["solver"]}
@@ -305,8 +305,7 @@ def main() -> None:
     # program ends here, and not after hours of training.
     evaluation, process = None, training.process()
     if args.num_eval_samples and process.is_main_process:
-        how = {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
-        evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, **how)
+        evaluation = Evaluation(teacher.to(process.device), args.data, args.num_eval_samples, **sampled(args))
     distillation = Distillation(args, teacher)
     run = distillation.run
     # Algorithm 1 runs here. All else in this function saves, measures and shows.
@@ -321,11 +320,15 @@ def main() -> None:
     run.accelerator.end_training()
 
 
+def sampled(args: argparse.Namespace) -> dict:
+    """How this program samples, whether for a picture or for the table."""
+    return {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
+
+
 def validate(args: argparse.Namespace, step: int, student: DiffusionModel) -> Image.Image:
     """A picture of the student as it is after this step, which is kept and returned."""
     number, columns = preview(student)
-    how = {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
-    shown = picture(sample(student, range(number), STEPS[-1], **how), columns)
+    shown = picture(sample(student, range(number), STEPS[-1], **sampled(args)), columns)
     shown.save(writable_folder(Path(args.output_dir, "samples")) / f"step-{step}.png")
     return shown
 
@@ -352,7 +355,7 @@ def finish(
         metrics |= {"rows": comparison.rows, "reference": comparison.reference}
         record.write_text(json.dumps(metrics, indent=2))
     else:
-        seeds, how = range(preview(teacher)[0]), {"prompts": args.prompts, "mixed_precision": args.mixed_precision}
+        seeds, how = range(preview(teacher)[0]), sampled(args)
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, **how)}
         samples |= {f"student, {n_steps(n)}": sample(student, seeds, n, **how) for n in STEPS}
     shown = {name: x for name, x in samples.items() if not name.endswith(n_steps(2))}  # six panels fit in a row

@@ -170,7 +170,7 @@ class DiffusionModel:
 
     def null_condition(self, n: int) -> dict[str, Tensor]:
         """The condition ∅ of Eq. 18, for n samples."""
-        return self.condition([self.null_label] * n)
+        return self.condition(torch.full((n,), self.null_label, device=self.device))
 
     # -- the network --------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ The loops themselves stand in distill.py and teacher.py, each from top to bottom
 
 All that is random is a function of the seed and of a number: that of the micro-batch, counted over steps, micro-batches
 of a step, and processes. So a run that was killed and resumed computes what it would have computed without the kill, to
-the bit on a CPU. And eight processes compute what one does with eight micro-batches a step. Captions alone are a stream
-that is another one then (see `loader`).
+the bit on a CPU. And eight processes compute what one does with eight micro-batches a step. Captions are the
+exception: they come as a stream, which then is another one (see `loader`).
 """
 
 import argparse
