@@ -185,25 +185,30 @@ def test_the_second_judge_is_shown_what_it_was_trained_on(images, tmp_path, monk
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # where the reference's sums are kept
     teacher = load(str(save(tmp_path / "t", unet(size=32))))
     measure = Evaluation(teacher, str(images), 4, features="efficientnet-lite0").measures[0]
-    assert measure.column == "FD" and list((tmp_path / "hub").glob("efficientnet-lite0-*.safetensors"))
+    assert measure.column == "FD" and not network.training
+    assert list((tmp_path / "hub").glob("efficientnet-lite0-*.safetensors"))
     for level in (0, 255):
         seen = measure.metric.inception(torch.full((1, 3, 32, 32), level, dtype=torch.uint8))
         assert seen[0].tolist() == pytest.approx([(level - 127) / 128] * 3 + [224])
 
 
-def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path):
+@pytest.mark.parametrize("w, split, other", [(0.0, "train", "test"), (2.0, "test", "train")])
+def test_the_table_has_the_floor_the_teacher_the_student_and_map_errors(tmp_path, w, split, other):
+    """Guidance costs the teacher a second evaluation; a student's is in its weights."""
     torch.manual_seed(0)
-    teacher = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False)))
+    teacher = load(str(save(tmp_path / "t", PointMLP(width=16, num_class_embeds=3), clip_sample=False)))
     student = teacher.student(teacher.network.state_dict(), 50)
-    rows, samples, text = compare(Evaluation(teacher, "toy:moons", 64), {"student": student}, [1, 2], [1, 8], 0.0)
-    names = [(row["sampler"], row["steps"], row["evaluations"]) for row in rows[1:]]
-    assert names == [("teacher, DDIM", 8, 8), ("teacher, DDIM", 1, 1), ("student", 1, 1), ("student", 2, 2)]
-    endpoint, one = (sample.sample(teacher, range(64), n) for n in (8, 1))
+    evaluation = Evaluation(teacher, "toy:moons", 64, split=split)
+    rows, samples, text = compare(evaluation, {"student": student}, [1, 2], [1, 8], w)
+    names, calls = [(row["sampler"], row["steps"], row["evaluations"]) for row in rows[1:]], 2 if w else 1
+    assert names[:2] == [("teacher, DDIM", 8, 8 * calls), ("teacher, DDIM", 1, calls)]
+    assert names[2:] == [("student", 1, 1), ("student", 2, 2)]
+    endpoint, one = (sample.sample(teacher, range(64), n, w=w) for n in (8, 1))
     assert rows[2]["map error"] == pytest.approx((one - endpoint).square().sum(1).sqrt().mean().item(), rel=1e-4)
     assert "map error" not in rows[1] and "map error" not in rows[4]  # the endpoint itself; a sampler with fresh noise
-    # An untrained student is the teacher, and its one step is DDIM's one step.
-    assert rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-3)
-    reference, held_out = (reference_set("toy:moons", split, None) for split in ("train", "test"))
+    # An untrained student is the teacher without guidance, and its one step is DDIM's one step.
+    assert (rows[3]["map error"] == pytest.approx(rows[2]["map error"], rel=1e-3)) == (w == 0)
+    reference, held_out = (reference_set("toy:moons", part, None) for part in (split, other))
     assert rows[0] == {"sampler": "held-out data", "W2": wasserstein2(held_out[spread(2**16, 64)], reference[:64])}
     assert rows[1]["W2"] == pytest.approx(wasserstein2(endpoint, reference[:64])) and rows[0]["W2"] < rows[1]["W2"]
     assert list(samples) == ["data", *(f"{n}, {sample.n_steps(k)}" for n, k, _ in names)] and "64 samples a row" in text
@@ -283,9 +288,10 @@ def test_all_images_are_brought_to_the_resolution_by_lanczos(images, network, tm
 
 def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypatch):
     """From its record. Results of a hub id make no folder of its name: from then on, that would be what it means."""
-    teacher, out = load(str(save(tmp_path / "t", PointMLP(width=16), clip_sample=False))), tmp_path / "student"
+    network, out = PointMLP(width=16, num_class_embeds=3), tmp_path / "student"
+    teacher = load(str(save(tmp_path / "t", network, clip_sample=False)))
     save_model(teacher.student(teacher.network.state_dict(), 50), out)
-    record = {"pretrained_teacher_model": str(tmp_path / "t"), "data": "toy:moons", "guidance_w": 0.0, "k": 20}
+    record = {"pretrained_teacher_model": str(tmp_path / "t"), "data": "toy:moons", "guidance_w": 2.0, "k": 20}
     record |= {"revision": "v1"}
     (out / "metrics.json").write_text(json.dumps({"configuration": record}))
     w2 = {}
@@ -294,7 +300,7 @@ def test_the_table_knows_how_the_student_was_distilled(tmp_path, call, monkeypat
         status, printed, err = call(evaluate.main, out, "--num_samples", 64, *given, "--teacher_steps", 4)
         assert status == 0 and "student" in printed, err
         *_, with_teacher, with_student = json.loads((out / "evaluation.json").read_text())["rows"]
-        assert (with_teacher["steps"], with_student["steps"]) == (4, 2)
+        assert (with_teacher["steps"], with_student["steps"]) == (4, 2) and with_teacher["evaluations"] == 8
         w2[tuple(times)] = with_student["W2"]
     assert w2[999, 499] == w2[()] != w2[999, 899]
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_splam import LINES, MIXTURE, PURE_NOISE, SD, SD_PATHS, close, points, seeded
 
 import splam
-from improved import PARTS, ToldTheTime, half_at_one, second_order, time_at
+from improved import ToldTheTime, half_at_one, second_order, time_at
 from splam import ConsistencyFunction, multiple_estimation, sub_path_point
 
 
@@ -90,11 +90,6 @@ def test_half_of_gamma_is_1_and_the_rest_uniform():
     assert torch.equal(t, plain.t) and torch.equal(noise, plain.noise)
     assert abs((gamma == 1).float().mean() - 0.5) < 5 * 0.5 / 100
     assert abs(gamma[gamma < 1].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5 and (gamma > 0).all()
-
-
-def test_each_name_is_of_the_part_whose_place_it_takes():
-    places = {name: list(part) for name, part in PARTS.items()}
-    assert places == {"time": ["student"], "half": ["draw"], "second_order": ["solver"]}
 
 
 def test_second_order_converges_with_its_order_stops_at_0_and_keeps_no_graph():

@@ -184,9 +184,10 @@ def test_the_vae_encodes_a_few_images_at_a_time(folder):
     whole = model.vae.encode(pixels / 127.5 - 1).latent_dist.mode() * model.vae.config.scaling_factor
     sizes, encode = [], model.vae.encode
     model.vae.encode = lambda x: sizes.append(len(x)) or encode(x)
-    x0, _ = model.prepare(pixels, ["a cat"] * 20)
+    x0, cond = model.prepare(pixels, ["a cat"] * 20)
     torch.testing.assert_close(x0, whole)
     assert sizes == [8, 8, 4]
+    assert not x0.requires_grad and not cond["encoder_hidden_states"].requires_grad  # else each step would hold a graph
 
 
 STUDENTS = {
@@ -198,8 +199,15 @@ STUDENTS = {
 }
 
 
-def test_students_sample_alike_in_stock_diffusers_by_what_their_cards_say(captions, tmp_path, call):
-    """In a process that knows nothing of ours, which runs the cards' own lines."""
+def test_students_sample_alike_in_stock_diffusers_by_what_their_cards_say(captions, tmp_path, call, monkeypatch):
+    """In a process that knows nothing of ours, which runs the cards' own lines; and as they did in their runs."""
+    prompts, in_run, finish = ["a cat", "a ship"], [], distill.finish
+
+    def keep(args, teacher, student, evaluation):
+        in_run.append(sample.sample(student, range(7, 9), 4, prompts=prompts) / 2 + 0.5)
+        finish(args, teacher, student, evaluation)
+
+    monkeypatch.setattr(distill, "finish", keep)
     ours, script = {}, f"import os, torch\nos.chdir({str(tmp_path)!r})\n{inspect.getsource(stock_images)}"
     for name, (kind, prediction_type, more) in STUDENTS.items():
         teacher, out, before = tmp_path / f"teacher of {name}", tmp_path / name, kind(prediction_type)
@@ -212,8 +220,9 @@ def test_students_sample_alike_in_stock_diffusers_by_what_their_cards_say(captio
         assert any((weights[key] - old).abs().max() > 1e-4 for key, old in untrained.items()), name
         for steps in (1, 4):
             file = f"{name}-{steps}.pt"
-            ours[file] = sample.sample(student, range(7, 9), steps, prompts=["a cat", "a ship"]) / 2 + 0.5
+            ours[file] = sample.sample(student, range(7, 9), steps, prompts=prompts) / 2 + 0.5
             script += f"torch.save(stock_images(pipe, ['a ship', 'a cat'], {steps}, 1), '{file}')\n"
+        assert torch.allclose(ours[file], in_run.pop(), atol=2e-4), name
     done = python("-c", f"{script}assert image.size == (16, 16)")
     assert done.returncode == 0, done.stderr
     for file, images in ours.items():
@@ -235,10 +244,10 @@ def test_a_card_has_the_licence_of_the_teachers_and_links_what_the_hub_can(folde
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_target_copies_what_is_trained_and_nothing_else(folder, captions, tmp_path, rank):
     """Of SDXL a copy of all that a LoRA leaves alone would be 10 GB. Nor does the average move it."""
-    args, teacher = distill.configure(
-        [*map(str, flags(folder(pipeline()), captions, tmp_path / "out", lora_rank=rank, ema_decay=0.5))]
-    )
+    typed = flags(folder(pipeline()), captions, tmp_path / "out", lora_rank=rank, ema_decay=0.5)
+    args, teacher = distill.configure([*map(str, typed), "--gradient_checkpointing"])
     run = distill.Distillation(args, teacher)
+    assert run.run.model.network.is_gradient_checkpointing
     student = dict(run.run.model.named_parameters())
     target = dict(run.target.named_parameters())
     assert all((target[name] is weight) != weight.requires_grad for name, weight in student.items())
@@ -252,7 +261,8 @@ def test_a_lora_remembers_its_resolution_and_a_dataset_leaves_the_model_alone(fo
     status, _, err = call(distill.main, *flags(teacher, captions, out, lora_rank=2, resolution=32))
     assert status == 0, err
     model, student = load(teacher), load(str(out))
-    student.dataset(argparse.Namespace(data=str(captions), resolution=8, min_image_size=0, max_pwatermark=1.0))
+    data = student.dataset(argparse.Namespace(data=str(captions), resolution=8, min_image_size=9, max_pwatermark=0.5))
+    assert (data.resolution, data.min_image_size, data.max_pwatermark) == (32, 9, 0.5)
     assert (model.resolution, student.resolution, student.shape) == (16, 32, (4, 16, 16))
     model.resize(24)
     assert (model.resolution, model.shape) == (24, (4, 12, 12))

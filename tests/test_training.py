@@ -68,6 +68,8 @@ def test_a_run_resumed_after_a_kill_is_bit_identical(
     if kind == "images":
         folder = save(tmp_path / "unet", unet(classes=3, dropout=0.2))  # whose dropout draws without a generator
         flags += ["--pretrained_teacher_model", folder, "--data", images, "--guidance_w", 1, "--validation_steps", 0]
+    else:
+        flags += ["--gradient_accumulation_steps", 2]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert call(distill.main, *flags, "--output_dir", whole)[0] == 0
     script = KILLED.format(where=where, when=when)
@@ -211,13 +213,15 @@ def test_the_saved_student_is_the_average_of_the_online_network(flags, tmp_path,
 
 
 def test_the_gradient_is_limited_and_0_means_that_it_is_not(flags, tmp_path, call):
-    """AdamW's first moment is a tenth of the first gradient; it got what was left of it."""
+    """AdamW's first moment is a tenth of the first gradient; it got what was left of it, and the weight decay."""
     norms = {}
     for limit in (1e-3, 100.0, 0):
         out, more = tmp_path / str(limit), ["--max_train_steps", 1, "--lr_warmup_steps", 0, "--max_grad_norm", limit]
+        more += ["--adam_weight_decay", 0.1]
         assert call(distill.main, *flags, *more, "--output_dir", out)[0] == 0
-        moments = torch.load(out / "checkpoints/checkpoint-1/optimizer.bin", weights_only=True)["state"].values()
-        used = 10 * torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm()
+        adamw = torch.load(out / "checkpoints/checkpoint-1/optimizer.bin", weights_only=True)
+        used = 10 * torch.cat([moment["exp_avg"].flatten() for moment in adamw["state"].values()]).norm()
+        assert adamw["param_groups"][0]["weight_decay"] == 0.1
         norms[limit] = json.loads((out / "metrics.jsonl").read_text())["grad_norm"]
         assert used.item() == pytest.approx(min(norms[limit], limit or math.inf), rel=1e-3)
     assert 1e-2 < norms[1e-3] == norms[100.0] == norms[0] < 100
