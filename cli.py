@@ -145,13 +145,21 @@ def read_prompts(values: list[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(file: Path) -> dict:
-    """A JSON file that holds an object. BadInput if it does not: a person may have edited it."""
+def by_library(call: Callable, name: str | Path, **options):
+    """What a library makes of a file, a folder or a hub id. Each has its own errors for what it cannot read; here all
+    are BadInput."""
     try:
-        content = json.loads(Path(file).read_text())
-    except ValueError as error:
-        raise BadInput(f"cannot read {file}: {error}") from error
-    refuse(not isinstance(content, dict), f"cannot read {file}: it holds no JSON object")
+        return call(name, **options)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        hint = " (*.fp16.safetensors need --variant fp16; *.bin are not read)" if "no file named" in first_line else ""
+        raise BadInput(f"cannot load {name}: {type(error).__name__}: {first_line}{hint}") from error
+
+
+def read_json(file: str | Path) -> dict:
+    """A JSON file that holds an object. A person may have edited it."""
+    content = by_library(lambda file: json.loads(Path(file).read_text()), file)
+    refuse(not isinstance(content, dict), f"cannot load {file}: it holds no JSON object")
     return content
 
 

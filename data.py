@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from cli import refuse
+from cli import by_library, refuse
 from toy.distributions import DISTRIBUTIONS, GaussianMixture
 
 log = logging.getLogger("data")
@@ -55,7 +55,6 @@ class Points(Dataset):
 
     def __init__(self, data: str, split: str = "train"):
         # A seed for each split: test points are other points of the same density.
-        refuse(split not in ("train", "test"), f"{data} has the splits train and test, not {split}")
         mixture, seed = distribution(data), {"train": 1, "test": 2}[split]
         self.samples, component = mixture.sample(2**16, torch.Generator().manual_seed(seed))
         self.labels = torch.zeros_like(component) if mixture.classes is None else mixture.classes[component]
@@ -220,7 +219,6 @@ def images_by_class(folder: str | Path, split: str) -> list[tuple[Path | Image.I
     if Path(folder).name.startswith("cifar10") and not files_below(Path(folder), *EXTENSIONS):
         from torchvision.datasets import CIFAR10  # takes a second, and few need it
 
-        refuse(split not in ("train", "test"), f"CIFAR-10 has the splits train and test, not {split}")
         cifar = CIFAR10(folder, train=split == "train", download=True)
         return [(Image.fromarray(x), cifar.classes[y]) for x, y in zip(cifar.data, cifar.targets, strict=True)]
     root = split_folder(folder, split)
@@ -365,8 +363,7 @@ def shard_urls(data: str) -> list[str]:
     from webdataset.shardlists import expand_urls  # webdataset takes a second, and few need it
 
     shards = []
-    refuse(data.count("{") != data.count("}"), f"{data}: a brace is missing ({SHARDS}{HUB})")
-    for url in expand_urls(data):
+    for url in by_library(expand_urls, data):
         there = url.startswith(REMOTE) or os.path.isfile(url)
         found = [url] if there else sorted(filter(os.path.isfile, glob.glob(url)))
         refuse(not found, f"no such folder or shard: {url} ({SHARDS}{HUB})")

@@ -5,10 +5,10 @@
     accelerate launch distill.py --preset sd15 --gradient_checkpointing --data 'laion/{00000..00999}.tar'
 
 In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
-What it calls stands in splam.py.
+The method that it calls stands in splam.py.
 
-What the run leaves in --output_dir: the student as a pipeline folder, or its LoRA; README.md, with the lines by which
-diffusers loads it; overview.png (the teacher and the student from the same noises), metrics.json (flags and the closing
+What the run leaves in --output_dir: the student as a pipeline folder, or its LoRA; README.md, which says how it
+is sampled; overview.png (the teacher and the student from the same noises), metrics.json (flags and the closing
 table), metrics.jsonl (loss, gradient norm and learning rate of each step) and the last checkpoint.
 """
 
@@ -32,9 +32,9 @@ from torch import Tensor
 import improved
 import splam
 import training
-from cli import Parser, count, finite, positive, program, read_prompts, recipes, refuse, share, writable_folder
+from cli import Parser, amount, count, finite, positive, program, read_prompts, recipes, refuse, share, writable_folder
 from data import POINTS
-from evaluate import Evaluation, compare, print_comparison, provenance
+from evaluate import Evaluation, compare, print_table, provenance
 from sample import n_steps, overview, picture, preview, sample
 from splam import SubPathStudent, ema_update, splad_loss
 from teacher import LOAD_OPTIONS, DiffusionModel, load, new_model, save, train
@@ -50,8 +50,8 @@ STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    # 2-D points: half a minute, after the teacher's 15 seconds. A network this small takes a large learning rate. A
-    # closing table costs seconds here, so there is one.
+    # 2-D points: two minutes with the teacher and the closing table, which is quick to make here. A network this small
+    # takes a large learning rate.
     "points": "--max_train_steps 2000 --train_batch_size 512 --learning_rate 1e-3 --num_eval_samples 4096",
     # Pixels: minutes of a laptop. So short a run gains from a rate that falls to 0. bf16 is faster where the processor
     # knows it. There is no closing table, since images are measured by a feature extractor: evaluate.py makes it.
@@ -69,7 +69,7 @@ PAPER = (
     " --lr_warmup_steps 0 --adam_weight_decay 0 --max_grad_norm 10"
 )
 PRESETS = {
-    # w = 3 is the paper's for its FIDs; its pictures have w = 8. k = 100 are five solver steps.
+    # w = 3 is that of Table 2(a) and (b); 2(c), Table 3 and the pictures have w = 8. k = 100 are five solver steps.
     "sd15": "--pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5"
     " --k 100 --guidance_w 3 --metric huber --max_train_steps 6000" + PAPER,
     # k = 20 is a single solver step: no multiple estimation. (A mirror: the original was removed from the hub.)
@@ -96,7 +96,11 @@ def parser() -> Parser:
     flag("--preset", choices=PRESETS, help="one of those below; flags that are typed replace its parts")
     for option, words in LOAD_OPTIONS.items():
         flag(f"--{option}", help=words)
-    training.add_data_arguments(p)
+    flag = p.add_argument_group("data").add_argument
+    flag("--data", help="toy:<name>, a folder of images, or captioned images: a folder, or 'shards/{000..009}.tar'")
+    flag("--resolution", type=positive, help="images are resized and cropped to it (default: the model's own)")
+    flag("--min_image_size", type=count, default=0, help="captioned images with a shorter side are left out")
+    flag("--max_pwatermark", type=amount, default=1.0, help="and those that LAION thinks likelier to be watermarked")
     flag = p.add_argument_group("method").add_argument
     flag("--ode", choices=splam.ODES, default="sl", help="the line: Eq. 12, Eq. 26, or none (γ = 1); paper: sl")
     # The longer the sub-paths, the fewer there are between noise and data, and each inherits through its target the
@@ -293,8 +297,7 @@ class Distillation:
         """The few-step model as it is now: θ⁻, the *target's* weights, without what told it γ. An average over the last
         steps samples better than the weights of any one of them."""
         weights = self.target.plain_state_dict()
-        student = self.teacher.student(weights, self.args.num_ddim_timesteps, self.args.lora_rank)
-        return student.to(self.teacher.device)
+        return self.teacher.student(weights, self.args.num_ddim_timesteps, self.args.lora_rank)
 
 
 @program
@@ -349,11 +352,9 @@ def finish(
     save(student, folder)
     record.write_text(json.dumps(metrics, indent=2))
     if evaluation:
-        comparison = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
-        print_comparison(comparison)
-        samples = comparison.samples
-        metrics |= {"rows": comparison.rows, "reference": comparison.reference}
-        record.write_text(json.dumps(metrics, indent=2))
+        table, samples = compare(evaluation, {"student": student}, STEPS, [*STEPS, many], args.guidance_w)
+        print_table(table)
+        record.write_text(json.dumps(metrics | table, indent=2))
     else:
         seeds, how = range(preview(teacher)[0]), sampled(args)
         samples = {f"teacher, DDIM, {many} steps": sample(teacher, seeds, many, w=args.guidance_w, **how)}

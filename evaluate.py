@@ -22,11 +22,10 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -35,7 +34,7 @@ from tqdm import tqdm
 import cli
 import sample
 import training
-from cli import BadInput, refuse
+from cli import BadInput, by_library, refuse
 from data import centre_square, reference_set, to_range
 from teacher import LOAD_OPTIONS, DiffusionModel, load
 
@@ -211,12 +210,9 @@ def load_classifier(file: str) -> tuple[Classifier, list[str]]:
 
     The file holds numbers and text only, so reading it runs no code. BadInput if it is another kind of file.
     """
-    try:
-        with safe_open(file, "pt") as content:
-            names = json.loads((content.metadata() or {}).get("classes", "null"))
-            weights = {key: content.get_tensor(key) for key in content.keys()}
-    except SafetensorError as error:
-        raise BadInput(f"--features {file}: {error}") from error
+    with by_library(safe_open, file, framework="pt") as content:
+        names = json.loads((content.metadata() or {}).get("classes", "null"))
+        weights = {key: content.get_tensor(key) for key in content.keys()}
     refuse(names is None, f"--features {file}: it names no classes, and is not of experiments/features.py")
     network = Classifier(len(names)).eval()
     network.load_state_dict(weights)
@@ -265,7 +261,6 @@ class Evaluation:
     model: DiffusionModel  # the teacher
     data: str
     num_samples: int  # of each sampler
-    split: str = "train"  # of the data: the reference set
     features: str = "inception"  # of images: one of JUDGES, or a file of experiments/features.py
     clip_model: str | None = None
     resolution: int | None = None  # to which images are brought; the model's own if it is not given
@@ -279,9 +274,9 @@ class Evaluation:
         self.seeds = range(self.seed, self.seed + self.num_samples)
         self.resolution = self.resolution or self.model.resolution
         self.batch_size = min(self.batch_size or self.model.batch_size, self.num_samples)
-        # What samples are asked to show, in turn, as sample.py asks for it: texts, or numbers of classes.
-        self.asked = self.model.labels(self.prompts) if self.model.conditional else []
-        self.reference = reference_set(self.data, self.split, self.resolution)
+        labels = self.model.labels(self.prompts)
+        self.labels = [labels[seed % len(labels)] for seed in self.seeds]  # what sample.py asks each sample to show
+        self.reference = reference_set(self.data, "train", self.resolution)
         self.measures = self._measures()
 
     def _measures(self) -> list[Callable]:
@@ -324,7 +319,7 @@ class Evaluation:
         """Real data that the reference set does not hold, as if a sampler had made them. Two samples of one
         distribution are some distance apart by chance; a sampler that comes as near as this cannot be told from the
         data."""
-        data = reference_set(self.data, "train" if self.split == "test" else "test", self.resolution)
+        data = reference_set(self.data, "test", self.resolution)
         parts = spread(len(data), len(self.seeds)).split(100)
         return self.measured([data[part] for part in tqdm(parts, "held-out data", leave=False)])
 
@@ -348,8 +343,7 @@ class Evaluation:
             seen += self.as_in_files(x).split(100)
             if not kept or (len(kept) + 1) * x.numel() <= 2**28:  # in float32, 2**28 numbers are 1 GiB
                 kept.append(x)
-        asked = [self.asked[seed % len(self.asked)] for seed in self.seeds if self.asked]
-        return torch.cat(kept), self.measured(seen, asked)
+        return torch.cat(kept), self.measured(seen, self.labels if self.model.conditional else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,17 +351,12 @@ class Evaluation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Comparison(NamedTuple):
-    """A table, one dictionary a row; some samples of each row; and what they were measured against."""
+def compare(
+    evaluation: Evaluation, students: dict, steps, teacher_steps, w: float, samples_dir=None
+) -> tuple[dict, dict[str, Tensor]]:
+    """The table, its `rows` and the `reference` that they are measured against; and some samples of each row.
 
-    rows: list[dict]
-    samples: dict[str, Tensor]
-    reference: str
-
-
-def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: float, samples_dir=None) -> Comparison:
-    """Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same
-    noises.
+    Rows: held-out data, the evaluation's model as the teacher by DDIM, the students by name; all from the same noises.
 
     "map error" is the mean L2 distance, in sample space, to the teacher's output at its largest number of steps from
     the same noise. It is defined where the noise decides the sample: DDIM at any number of steps, a student at one. A
@@ -403,10 +392,10 @@ def compare(evaluation: Evaluation, students: dict, steps, teacher_steps, w: flo
             rows[-1]["map error"] = (x - endpoint).flatten(1).norm(dim=1).mean().item()
         samples[title] = x
     words = [f"{len(evaluation.seeds)} samples a row, in batches of {evaluation.batch_size}"]
-    words += [f"against {len(reference)} samples of {evaluation.data} ({evaluation.split})"]
+    words += [f"against {len(reference)} samples of {evaluation.data} (train)"]
     words += [f"features: {evaluation.features}" if len(teacher.shape) > 1 else f"W2 of at most {MOST_POINTS}"]
     words += [f"CLIP: {evaluation.clip_model}"] if evaluation.clip_model else []
-    return Comparison(rows, samples, ", ".join(words))
+    return {"rows": rows, "reference": ", ".join(words)}, samples
 
 
 def print_rows(rows: Sequence[dict]) -> None:
@@ -422,10 +411,10 @@ def print_rows(rows: Sequence[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def print_comparison(comparison: Comparison) -> None:
+def print_table(table: dict) -> None:
     """The table, and below it what one must know to compare it with another."""
-    print_rows(comparison.rows)
-    print(f"{comparison.reference}; {provenance()['machine']}")
+    print_rows(table["rows"])
+    print(f"{table['reference']}; {provenance()['machine']}")
 
 
 def provenance() -> dict[str, str]:
@@ -453,7 +442,6 @@ def parser() -> cli.Parser:
     flag("--pretrained_teacher_model", help="default: the one that the first student was distilled from")
     flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
     flag("--data", help="the reference set (default: what the first student was distilled with)")
-    flag("--split", default="train", help="of the data, the reference set")
     flag("--features", default="inception", help=f"{', '.join(JUDGES)}, or a file of experiments/features.py")
     flag("--clip_model", help="for a CLIP score: folder or hub id; published: laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
     flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
@@ -486,17 +474,16 @@ def main() -> None:
             setattr(args, name, trained_with[name])
     args.prompts = cli.read_prompts(args.prompts)
     teacher = load(args.pretrained_teacher_model, **how).to(device)
-    same = "data num_samples split features clip_model resolution seed prompts batch_size mixed_precision timesteps"
+    same = "data num_samples features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
     steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]
     teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
-    comparison = compare(evaluation, students, steps, teacher_steps, args.guidance_w, args.samples_dir)
-    print_comparison(comparison)  # before anything is written, which may fail: hours of sampling must not be lost
+    table, samples = compare(evaluation, students, steps, teacher_steps, args.guidance_w, args.samples_dir)
+    print_table(table)  # before anything is written, which may fail: hours of sampling must not be lost
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.
     out = cli.writable_folder(folder if folder.is_dir() else Path("runs") / folder.name) / "evaluation.png"
-    sample.overview(teacher, comparison.samples, trained_with.get("k", 100)).save(out)
-    result = {"rows": comparison.rows, "reference": comparison.reference, "flags": vars(args), **provenance()}
-    out.with_suffix(".json").write_text(json.dumps(result, indent=2))
+    sample.overview(teacher, samples, trained_with.get("k", 100)).save(out)
+    out.with_suffix(".json").write_text(json.dumps(table | {"flags": vars(args), **provenance()}, indent=2))
     print(f"{out}  {out.with_suffix('.json')}")
 
 

@@ -39,7 +39,7 @@ class ToldTheTime(ConsistencyFunction):
 
     What it costs: a bias. (t, γ) names one sub-path and t' forgets which: several sub-paths pass through each t' and
     ask for different things there, so a student that has converged is too blurred (docs/equations.md, note 16). It
-    needs the linear σ, since t' is computed from σ_γ. It needs a network that takes times between the integers.
+    needs the linear σ, since a wrong σ_γ is a wrong t'. It needs a network that takes times between the integers.
     """
 
     def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
@@ -66,8 +66,9 @@ def second_order(
     """x̂_s from x_t by k / `solver_step` steps of DPM-Solver++(2S), two calls of the teacher each.
 
     Why it helps: with k = 100 a single such step costs two calls instead of five, so that a run of the same cost has
-    more steps. What it costs: over the whole way five DDIM steps are more accurate (note 17), which a long run will
-    show; and where α is 0 at t = N-1, the sub-path from there is infinitely long in λ = log(α/σ) and gains nothing.
+    more training steps. What it costs: over the whole way five DDIM steps are more accurate (note 17), which a long run
+    will show; and where α is 0 at t = N-1, the sub-path from there is infinitely long in λ = log(α/σ) and gains
+    nothing.
 
     How it works: divided by σ instead of α, the PF-ODE is d(x/σ) = x_0 d(α/σ), and DDIM, Euler's method for it, takes
     x_0 at the start of the step for constant. x_0 in the middle is a better constant. So a DDIM step goes half of the
@@ -91,8 +92,8 @@ def second_order(
         # A line through both values of x_0 is read at the true middle.
         begin, end = lam(t), lam(t_next)
         x0 = x0 + (x0_m - x0) * (end - begin) / (2 * (lam(middle) - begin))
-        # DDIM with that x_0, and the ε that belongs to it at the step's start. What has arrived at s stays there, where
-        # the line above is 0/0.
+        # DDIM with that x_0, and the ε that belongs to it at the step's start. What is at s already stays there: for
+        # it the line above is 0/0.
         moved = alpha * x0 + sigma * (x - alpha_t * x0) / sigma_t
         x, t = torch.where((t_next < t).view(alpha.shape), moved, x), t_next
     return x
@@ -101,8 +102,8 @@ def second_order(
 class StraightPath(Schedule):
     """The path of flow matching, x_t = (1 - σ) x_0 + σ ε with σ from 1/N to 1, in the place of the paper's.
 
-    What it is: nothing in splam.py's section 2 asks for α² + σ² = 1. With z = x/α and ρ = σ/α the ODE is dz/dρ = ε here
-    too, DDIM is Euler's method in σ, and both lines and both σ_γ stay as they are (docs/equations.md, note 18).
+    What it is: with z = x/α and ρ = σ/α the ODE is dz/dρ = ε here too, DDIM is Euler's method in σ, and both lines
+    and both σ_γ stay as they are, once 1 - r² is written without α² + σ² = 1 (docs/equations.md, note 18).
 
     What changes: α + σ = 1 holds on the DL line and not on the SL line, so here DL is the natural one. At
     t = N-1 α is 0, so that r is 0 and all points of an SL line are γ x_t: they do not tell where it ends.

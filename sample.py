@@ -76,7 +76,7 @@ def ddim(model: DiffusionModel, noise: SeededNoise, times: Sequence[int], cond: 
 
 def sampling_times(model: DiffusionModel, steps: int) -> list[int]:
     """A student's are LCM's, on the grid of its training. A teacher's divide all of N evenly, up to rounding. Both
-    begin at N-1, where x really is pure noise; diffusers calls such times "trailing"."""
+    begin at N-1, where x is taken for pure noise; diffusers calls such times "trailing"."""
     n = len(model.schedule)
     if model.is_student:
         return few_step_times(steps, n, model.original_inference_steps)

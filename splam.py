@@ -1,8 +1,8 @@
 """The Sub-Path Linear Approximation Model (SPLAM, Xu et al., ECCV 2024) as a chapter to read beside the paper.
 
 "Eq. 12" below is the paper's Eq. 12; docs/equations.md has all of them in one place. "Section 4.2.2" is the paper's,
-"section 2" is below. This file holds the paper's method, and needs only torch. What this project found beyond the paper
-stands in improved.py; of it only one line is here, "flow" in to_x0_eps.
+"section 2" is below. This file holds the paper's method, and needs only torch. What goes beyond the paper stands in
+improved.py; here only "flow" in to_x0_eps and `fresh` in sub_path_point serve it.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
     2  The line that replaces a sub-path    Eq. 9-14, 20-28     sub_path_point
@@ -16,8 +16,10 @@ Notation
     ρ            noise-to-signal ratio σ/α
     t, s         start (noisier, the paper's t_{n+k}) and end (cleaner, t_n) of a sub-path;  s = max(t - k, 0)
     r            drift ratio α_t / α_s, smaller than 1
-    k, k_φ, m    length of a sub-path, length of a solver step, solver steps in a sub-path:  m = k / k_φ
+    k, k_φ, m    length of a sub-path, length of a solver step (both in time steps), solver steps in a sub-path:
+                 m = k / k_φ
     γ            place on the line: 1 at the start x_t, 0 at the shrunken end r x_s
+    c, ∅         condition (a text, or a class), and the empty one
     w            guidance scale in ε + w (ε - ε_∅): w = 8 here is guidance_scale 9 in diffusers
     θ, θ⁻        weights of the student, and their running average (the "target")
     f, F         The paper swaps these letters. In Eq. 4 to 7, f is the consistency function with its boundary condition
@@ -87,9 +89,9 @@ def per_sample(values: Tensor, ndim: int) -> Tensor:
 def to_x0_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """The denoiser of Eq. 8, x̂_0 = (x - σ ε) / α, for what a network may output: -> (x_0, ε), with x = α x_0 + σ ε.
 
-    `prediction_type` is named as in diffusers: "epsilon" outputs ε, "v_prediction" v = α ε - σ x_0. Inside a sub-path
-    α² + σ² is smaller than 1 (section 2); v is inverted without taking that sum for 1. "flow" outputs ε - x_0, as flow
-    matching does (improved.py).
+    `prediction_type` is named as in diffusers: "epsilon" outputs ε, "v_prediction" v = α ε - σ x_0. On the line of
+    section 2, α² + σ² is smaller than 1; so v is inverted without taking that sum for 1. "flow" outputs ε - x_0, as
+    flow matching does (improved.py).
     """
     _check("prediction_type", prediction_type, ("epsilon", "v_prediction", "flow"))
     if prediction_type == "epsilon":
@@ -143,10 +145,11 @@ def multiple_estimation(
 # 2  The line that replaces a sub-path (Section 4.2.1, appendices B and C)
 #
 # A sub-path is a piece of the PF-ODE's trajectory, from x_t to x_s. LCM, the latent consistency model that SPLAM builds
-# on, asks the student at x_t only, a whole sub-path away from its target. SPLAM asks it at all points of a straight
-# line between the ends, x_γ = (1-γ) r x_s + γ x_t (Eq. 12). Eq. 9 to 11 say why. They split the error of consistency
-# training, d(f(x_t), f(x_s)), into two terms: the difference of the points, x_t - r x_s, and a difference of noise
-# estimates. At x_γ the first is only γ (x_t - r x_s). So the task grows from an easy one at γ = 0 to LCM's at γ = 1.
+# on, trains a network, the student, to say at x_t what its own running average, the target, says at x_s: a distance
+# d(f(x_t), f(x_s)) is to vanish (section 4). SPLAM asks the student at all points of a straight line between the ends,
+# x_γ = (1-γ) r x_s + γ x_t (Eq. 12). Eq. 9 to 11 say why. They split that error into two terms: the difference of the
+# points, x_t - r x_s, and a difference of noise estimates. At x_γ the first is only γ (x_t - r x_s). So the task grows
+# from an easy one at γ = 0 to LCM's at γ = 1.
 #
 # Why the end is multiplied by r = α_t / α_s. x_t holds the signal α_t x_0 and x_s holds α_s x_0, which is more. r x_s
 # holds α_t x_0 as well, so every point between r x_s and x_t has the same signal and only the noise varies (Eq. 14).
@@ -209,7 +212,7 @@ def sub_path_point(
         x = (1 - g) * x_s + g * x_t  # Eq. 26
         alpha = (1 - g) * alpha_s + g * alpha_t  # Eq. 27
         if sigma_form == "linear":
-            sigma = (1 - g) * sigma_s + g * sigma_t  # the linear form in Eq. 28's text
+            sigma = (1 - g) * sigma_s + g * sigma_t  # linear, docs/equations.md, Eq. 28
         else:
             sigma = (((1 - g) + g * r) ** 2 * sigma_s**2 + g**2 * fresh).sqrt()  # Eq. 28
     return SubPathPoint(x, alpha, sigma)
@@ -232,7 +235,7 @@ def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
 
     Eq. 5, whose f is our F, makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would
-    satisfy self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 it is a matter of the first time step: c_skip
+    satisfy self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 only the first times feel it: c_skip
     is 0.0025 at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later.
     So in practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself.
     (In discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
@@ -318,7 +321,7 @@ class SubPathStudent(ConsistencyFunction):
         network.time_embedding = GammaTimeEmbedding(network.time_embedding)
 
     def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """Leaves γ where the embedding finds it; x and t are what they are."""
+        """Leaves γ where the embedding finds it; x and t are what they are. (Eq. 14: ε_θ(x_γ, t_{n+k}, γ).)"""
         self.network.time_embedding.gamma = gamma
         return x, t, alpha, sigma
 
@@ -368,9 +371,9 @@ class Draws(NamedTuple):
 def draw(x0: Tensor, num_train_timesteps: int, num_ddim_timesteps: int, generator: torch.Generator) -> Draws:
     """n, γ ~ U[0, 1] and ε of Algorithm 1 for the batch x_0 (B, ...), on its device.
 
-    n names the start of a sub-path on the grid N-1, N-1-N/50, ..., whose length `num_ddim_timesteps` is 50, or another
-    divisor of N. Few-step sampling takes its times from the same grid, so it never asks the student at a time where it
-    was not trained.
+    n names the start of a sub-path, the paper's t_{n+k}, on the grid N-1, N-1-N/50, ..., whose length
+    `num_ddim_timesteps` is 50, or another divisor of N. Few-step sampling takes its times from the same grid, so it
+    never asks the student at a time where it was not trained.
 
     The generator is a CPU's, since the numbers of a GPU's differ from it and from those of other GPUs.
     """
@@ -398,7 +401,7 @@ def splad_loss(
     metric: str = "l2",
     solver: Callable[..., Tensor] = multiple_estimation,
 ) -> Tensor:
-    """Eq. 17 for one batch: the inner lines of Algorithm 1. Returns a scalar, differentiable in θ only.
+    """Eq. 17 for one batch: lines 3 to 6 of Algorithm 1. Returns a scalar, differentiable in θ only.
 
     student, target   F_θ and F_θ⁻, called like ConsistencyFunction
     denoise           the frozen teacher, told condition and guidance: (x, t) -> (x_0, ε)
@@ -425,7 +428,7 @@ def splad_loss(
 
 @torch.no_grad()
 def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
-    """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, the last line of Algorithm 1.
+    """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, line 8 of Algorithm 1.
 
     The student chases a target that is made from itself. If the target jumped with every step, errors would feed on
     themselves.
@@ -438,10 +441,10 @@ def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
 # 5  Sampling in a few steps (Eq. 19)
 #
 # One step is Eq. 19, x̂_0 = F_θ(x_T, c, γ = 1): the student jumps from pure noise to the end of the trajectory. Its
-# error is largest for this longest jump. So more steps go back part of the way: fresh noise is added to x̂_0 until it
-# has as much as at a time below N-1, and the student jumps again from there, a shorter way. x̂_0 and the
-# noise are independent, as x_0 and ε are in Eq. 1, so a perfect student's new points are distributed as they should be.
-# But each lies on another trajectory: with more than one step, the first noise alone does not decide the sample.
+# error is largest for this longest jump. So more steps go back part of the way: x̂_0 is diffused again (Eq. 1), to a
+# time below N-1, and the student jumps from there, a shorter way. x̂_0 and the noise are independent, as x_0 and ε are
+# in Eq. 1, so a perfect student's new points are distributed as they should be. But each lies on another trajectory:
+# with more than one step, the first noise alone does not decide the sample.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 
 import data
 import training
-from cli import BadInput, Parser, positive, program, read_json, recipes, refuse, share
+from cli import Parser, by_library, positive, program, read_json, recipes, refuse, share
 from improved import StraightPath
 from splam import Schedule, ema_update, guided, to_x0_eps
 
@@ -88,8 +88,7 @@ class DiffusionModel:
     def __init__(self, network: nn.Module, scheduler, name: str):
         # Frozen here, once: a teacher is never trained, and a student's network is a copy (copy_network).
         self.network, self.scheduler, self.name = network.eval().requires_grad_(False), scheduler, name
-        self._check()
-        self.schedule = self._schedule()
+        self.schedule = self._noise_schedule()
         # Schedulers of flow matching do not say it, since there is no choice.
         self.prediction_type: str = scheduler.config.get("prediction_type", "flow")
         self.is_student = type(scheduler).__name__ in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
@@ -113,12 +112,9 @@ class DiffusionModel:
         self.network.to(device)
         return self
 
-    def _schedule(self) -> Schedule:
-        """α and σ of Eq. 1."""
-        return Schedule(self.scheduler.alphas_cumprod)
-
-    def _check(self) -> None:
-        """Refuses networks and schedulers that would be misread, and give bad samples without an error."""
+    def _noise_schedule(self) -> Schedule:
+        """α and σ of Eq. 1. Refuses networks and schedulers that would be misread, and give bad samples without an
+        error."""
         name, noise, config = self.name, self.scheduler.config, self.network.config
         alphas, kind = getattr(self.scheduler, "alphas_cumprod", None), type(self.scheduler).__name__
         # Solvers that can do both keep α and σ of a diffusion also where they are set to the straight lines of a flow.
@@ -140,6 +136,7 @@ class DiffusionModel:
             refuse(found != value, f"{name} has {key} {found!r}: {value!r} is needed")
         # Where a file lacks weights, diffusers leaves parameters that have a shape and no values.
         refuse(any(weight.is_meta for weight in self.network.parameters()), f"{name} has no weights for some layers")
+        return Schedule(alphas)
 
     # -- data, labels and conditions ----------------------------------------------------------------------------------
 
@@ -224,7 +221,7 @@ class DiffusionModel:
         # Of the teacher's config what LCM knows: any other key would make every load of the student warn.
         known = inspect.signature(LCMScheduler).parameters
         config = {key: value for key, value in self.scheduler.config.items() if key in known}
-        scheduler = _by_library(lambda _: LCMScheduler(**config | options), self.name)
+        scheduler = by_library(lambda _: LCMScheduler(**config | options), self.name)
         here, there = self.schedule, Schedule(scheduler.alphas_cumprod)
         same = len(here) == len(there) and torch.allclose(here.alpha, there.alpha, rtol=0, atol=1e-3)
         refuse(not same, f"diffusers' LCMScheduler makes another noise schedule of the config of {self.name}")
@@ -299,10 +296,7 @@ class FlowPoints(PointModel):
 
     pipelines, closed_form = ("FlowPoints",), "flow"
 
-    def _check(self) -> None:
-        """Nothing: they are made here."""
-
-    def _schedule(self) -> Schedule:
+    def _noise_schedule(self) -> Schedule:
         return StraightPath(self.scheduler.config.num_train_timesteps)
 
     def few_step_scheduler(self, num_ddim_timesteps: int):
@@ -383,7 +377,7 @@ class StableDiffusion(DiffusionModel):
         if pretrained_vae_model_name_or_path:
             from diffusers import AutoencoderKL
 
-            options["vae"] = _by_library(AutoencoderKL.from_pretrained, pretrained_vae_model_name_or_path, **AS_FLOAT32)
+            options["vae"] = by_library(AutoencoderKL.from_pretrained, pretrained_vae_model_name_or_path, **AS_FLOAT32)
         return cls(_pipeline(cls, name, **options), name)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "StableDiffusion":
@@ -543,9 +537,9 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     if not local:
         where = {"revision": options.get("revision")}
         # Asked once whether it is there. A download would ask six times, for half a minute.
-        if not _by_library(try_to_load_from_cache, name, filename=file.name, **where):
-            _by_library(HfApi().model_info, name, **where)
-        file = _by_library(hf_hub_download, name, filename=file.name, **where)
+        if not by_library(try_to_load_from_cache, name, filename=file.name, **where):
+            by_library(HfApi().model_info, name, **where)
+        file = by_library(hf_hub_download, name, filename=file.name, **where)
     index = read_json(file)
     found = index.get("_class_name"), index.get("unet")
     kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
@@ -569,17 +563,7 @@ def _pipeline(kind: type[DiffusionModel], name: str, **options):
     # What no model here asks for would cost memory.
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     options |= {"requires_safety_checker": False} | unused | AS_FLOAT32
-    return _by_library(getattr(diffusers, kind.pipelines[0]).from_pretrained, name, **options)
-
-
-def _by_library(call: Callable, name: str | Path, **options):
-    """What a library reads of a folder or hub id. Each library has its own errors for what it cannot read."""
-    try:
-        return call(name, **options)
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        hint = " (*.fp16.safetensors need --variant fp16; *.bin are not read)" if "no file named" in first_line else ""
-        raise BadInput(f"cannot load {name}: {type(error).__name__}: {first_line}{hint}") from error
+    return by_library(getattr(diffusers, kind.pipelines[0]).from_pretrained, name, **options)
 
 
 def _load_lora(folder: Path, **options: str | None) -> DiffusionModel:
@@ -593,7 +577,7 @@ def _load_lora(folder: Path, **options: str | None) -> DiffusionModel:
     model.pipeline.load_lora_weights(folder, weight_name=LORA_FILE)
     model.pipeline.fuse_lora()  # added to the weights: from here on it is a student like any other
     model.pipeline.unload_lora_weights()
-    scheduler = _by_library(LCMScheduler.from_pretrained, folder / "scheduler")
+    scheduler = by_library(LCMScheduler.from_pretrained, folder / "scheduler")
     return model._with(model.network, scheduler, str(folder))
 
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cli import BadInput, Parser, amount, count, positive, read_json, refuse, writable_folder
+from cli import Parser, amount, by_library, count, positive, read_json, refuse, writable_folder
 from data import Captions
 
 log = logging.getLogger("training")
@@ -77,15 +77,6 @@ def add_arguments(parser: Parser) -> None:
     # These change nothing of what is computed, so that a resumed run may have others.
     free = "dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name"
     parser.set_defaults(free=free.split())
-
-
-def add_data_arguments(parser: Parser) -> None:
-    """The flags that a model's `dataset` reads."""
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", help="toy:<name>, a folder of images, or captioned images: a folder, or 'shards/{000..009}.tar'")
-    flag("--resolution", type=positive, help="images are resized and cropped to it (default: the model's own)")
-    flag("--min_image_size", type=count, default=0, help="captioned images with a shorter side are left out")
-    flag("--max_pwatermark", type=amount, default=1.0, help="and those that LAION thinks likelier to be watermarked")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,10 +309,7 @@ class Run:
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         what = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing)
         refuse(differing, f"{path} is of another configuration: {what}")
-        try:
-            self.accelerator.load_state(str(path))
-        except Exception as error:  # accelerate, torch and safetensors each have their own for a damaged file
-            raise BadInput(f"cannot resume from {path}: {str(error).partition(chr(10))[0]}") from error
+        by_library(self.accelerator.load_state, str(path))
         if self.step == self.args.max_train_steps:
             log.warning("%s is complete: no step is left, and its results are made again", path)
         self.accelerator.step = 0  # no micro-batch of the next step is done, however the steps before were cut

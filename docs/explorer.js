@@ -573,7 +573,7 @@ function moveTo(panel, p) {
   const [alpha, sigma] = [schedule.alpha[t], schedule.sigma[t]];
   const x = panel === panels.x ? p : scaled(alpha, p);
   const noise = combine(1 / sigma, x, -alpha / sigma, mixtures[mixture].means[x0]);
-  [field.e1.value, field.e2.value] = noise.map((e) => e.toFixed(3));
+  [field.e1.value, field.e2.value] = noise.map((e) => Math.min(Math.max(e, -3), 3).toFixed(3)); // as readForm does
   update();
 }
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 import training
 from cli import Parser, output_file, positive, program
 from data import Images, load_images
-from evaluate import Classifier
+from evaluate import Classifier, prompt_accuracy
 
 # A command line that is read before what was typed: about four times through CIFAR-10 and its mirror images.
 RECIPE = (
@@ -59,17 +59,6 @@ def shifted_loss(model: nn.Module, x: Tensor, label: Tensor, generator: torch.Ge
     return cross_entropy(model((x + 1) * 127.5).float(), label, label_smoothing=0.1)
 
 
-@torch.no_grad()
-def accuracy(classifier: nn.Module, images: Images, device: torch.device) -> float:
-    """The share of images whose class is the largest logit, from 0 to 1.
-
-    It says whether the features know what is on the images: by those of a poor classifier, distances mean little.
-    Measured on the test split, which the classifier has not seen.
-    """
-    seen = [classifier(pixels.to(device)).argmax(1).cpu() for pixels in images.samples.split(250)]
-    return (torch.cat(seen) == images.labels).double().mean().item()
-
-
 @program
 def main() -> None:
     """Trains the classifier, measures its accuracy on the test split, and writes its weights."""
@@ -85,13 +74,16 @@ def main() -> None:
     # Read now, so that a folder without a test split is refused before the training.
     test = load_images(args.data, "test", images.samples.shape[-1])
     classifier = fit(args, Classifier(len(images.classes)), images, shifted_loss)
-    right = 100 * accuracy(classifier, test, training.process().device)
+    # Whether the features know what is on images that they have not seen: by those of a poor classifier, distances mean
+    # little.
+    with torch.no_grad():
+        seen = prompt_accuracy(classifier, [], test.samples.split(250), test.labels.tolist())
     # Numbers and text only, so that evaluate.py reads them without running code. The names of the classes go along: by
     # them it tells which class a prompt asks for.
     draft = out.with_name(f"{out.name}.tmp")  # renamed when it is complete
     save_file(classifier.state_dict(), draft, metadata={"classes": json.dumps(images.classes)})
     draft.replace(out)
-    print(f"test accuracy {right:.2f} % on {len(test.labels)} images; {out}")
+    print(f"test accuracy {100 * seen['prompt accuracy']:.2f} % on {len(test.labels)} images; {out}")
 
 
 if __name__ == "__main__":

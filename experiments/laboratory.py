@@ -53,8 +53,7 @@ class Bench(Evaluation):
 
     def __init__(self, model: DiffusionModel, data: str, num_samples: int, w: float, **options):
         super().__init__(model.to(training.process().device), data, num_samples, **options)
-        labels, self.w = model.labels([]), w
-        self.labels = [labels[seed % len(labels)] for seed in self.seeds]  # as `sample` gives them to a student
+        self.w = w  # of the teacher
         self.endpoint, distances = self.sampler(model, model.many_steps, w, None)
         self.references = {"held-out data": self.held_out_data(), "teacher, PF-ODE": distances}
 

@@ -100,9 +100,8 @@ def test_points_are_the_same_each_time_and_others_in_each_split():
     x, label = train[[3, 1]]
     assert len(train) == 2**16 and torch.equal(x, Points("ideal:moons").samples[[3, 1]])
     assert torch.equal(label, train.labels[[3, 1]]) and not torch.equal(train.samples, test)
-    for arguments in [("toy:moon",), ("toy:moons", "val")]:
-        with refused("unknown 2-D distribution 'toy:moon': .*toy:moons|toy:moons has the splits train and test"):
-            Points(*arguments)
+    with refused("unknown 2-D distribution 'toy:moon': .*toy:moons"):
+        Points("toy:moon")
 
 
 # One image (issue 24, point 5).
@@ -245,8 +244,6 @@ def test_cifar10_comes_from_torchvision(tmp_path, monkeypatch):
     images = load_images(folder, "test")
     assert images.labels.tolist() == [2, 2, 1] and images.classes == ["x", "y", "z"] and (images.samples == 7).all()
     assert reference_set(folder, "train", 8)[[2]].shape == (1, 3, 8, 8)
-    with refused("splits train and test, not val"):
-        load_images(folder, "val")
     assert load_images(fill(tmp_path / "cifar10_png", TWO)).classes == ["cat", "dog"]
 
 

@@ -161,7 +161,7 @@ def test_a_variant_is_read_by_its_name(tmp_path):
 
 
 REFUSED = {
-    "no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "cannot read"),
+    "no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "cannot load"),
     "a network of elsewhere": (edit(INDEX, unet=["evil", "UNet2DModel"]), "what can be a teacher here is"),
     "a scheduler of elsewhere": (edit(INDEX, scheduler=["evil", "DDPMScheduler"]), "cannot load"),
     "torn weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"garbage" * 50), "cannot load"),

@@ -26,8 +26,8 @@ def test_it_runs_from_top_to_bottom_and_its_student_has_learnt(tmp_path, monkeyp
     assert sum(QUICK[0] in cell.source for cell in notebook.cells) == 1
     for cell in notebook.cells:
         cell.source = cell.source.replace(*QUICK).replace("runs/walkthrough", str(tmp_path))
-    report = "import json; samples = {name: list(x.shape) for name, x in comparison.samples.items()}"
-    report += "\nprint(json.dumps([sys.prefix, comparison.rows, samples, ends_off]))"
+    report = "import json; samples = {name: list(x.shape) for name, x in samples.items()}"
+    report += "\nprint(json.dumps([sys.prefix, table['rows'], samples, ends_off]))"
     notebook.cells.append(nbformat.v4.new_code_cell(report))
     resources = {"metadata": {"path": str(FILE.parent)}}
     options = {"kernel_name": "python3", "timeout": 300, "resources": resources, "coalesce_streams": True}
