@@ -37,9 +37,8 @@ def refuse(when: object, why: str) -> None:
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates the `main` of a program: what is foreseen ends it with one line on stderr.
 
-    Exit status 2 is BadInput. 1 is the system's own trouble: a full disk, a missing permission, a GPU without room. 130
-    is Ctrl-C or SIGTERM. Whatever has its final name on disk is complete then. SPLAM_TRACEBACK=1 shows where it came
-    from.
+    Exit status 2 is BadInput. 1 is the system's own trouble: a full disk, a GPU without room. 130 is Ctrl-C or SIGTERM.
+    Whatever has its final name on disk is complete then. SPLAM_TRACEBACK=1 shows where it came from.
     """
 
     @functools.wraps(main)

@@ -443,7 +443,7 @@ def parser() -> cli.Parser:
     flag("--guidance_w", type=cli.finite, help="of the teacher (default: as it was distilled with)")
     flag("--data", help="the reference set (default: what the first student was distilled with)")
     flag("--features", default="inception", help=f"{', '.join(JUDGES)}, or a file of experiments/features.py")
-    flag("--clip_model", help="for a CLIP score: folder or hub id; published: laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
+    flag("--clip_model", help="for a CLIP score: folder or hub id, such as laion/CLIP-ViT-g-14-laion2B-s12B-b42K")
     flag("--resolution", type=cli.positive, help="of all images (default: the model's own)")
     flag("--num_samples", type=cli.two_or_more, default=5000, help="a row")
     flag("--samples_dir", help="keep the images here; what an interrupted evaluation left is used again")

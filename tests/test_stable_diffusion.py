@@ -247,7 +247,7 @@ def test_the_target_copies_what_is_trained_and_nothing_else(folder, captions, tm
     typed = flags(folder(pipeline()), captions, tmp_path / "out", lora_rank=rank, ema_decay=0.5)
     args, teacher = distill.configure([*map(str, typed), "--gradient_checkpointing"])
     run = distill.Distillation(args, teacher)
-    assert run.run.model.network.is_gradient_checkpointing
+    assert run.run.model.network.is_gradient_checkpointing  # which the flag asks for
     student = dict(run.run.model.named_parameters())
     target = dict(run.target.named_parameters())
     assert all((target[name] is weight) != weight.requires_grad for name, weight in student.items())

@@ -213,7 +213,7 @@ def test_the_saved_student_is_the_average_of_the_online_network(flags, tmp_path,
 
 
 def test_the_gradient_is_limited_and_0_means_that_it_is_not(flags, tmp_path, call):
-    """AdamW's first moment is a tenth of the first gradient; it got what was left of it, and the weight decay."""
+    """AdamW's first moment is a tenth of what clipping left of the first gradient; and it is told the weight decay."""
     norms = {}
     for limit in (1e-3, 100.0, 0):
         out, more = tmp_path / str(limit), ["--max_train_steps", 1, "--lr_warmup_steps", 0, "--max_grad_norm", limit]
