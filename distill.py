@@ -1,7 +1,7 @@
 """Distil a diffusion model into a student of 1 to 4 steps with SPLAM: Algorithm 1 as a program.
 
     python distill.py                                         two minutes on a laptop: 8 Gaussians in two dimensions
-    python distill.py --pretrained_teacher_model runs/cifar10-teacher --data data/cifar10
+    python distill.py --pretrained_teacher_model weights/cifar10-teacher --data data/cifar10
     accelerate launch distill.py --preset sd15 --gradient_checkpointing --data 'laion/{00000..00999}.tar'
 
 In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
