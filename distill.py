@@ -7,9 +7,9 @@
 In this file, read `Distillation.steps` first: it is the training loop, from top to bottom, with Algorithm 1 beside it.
 The method that it calls stands in splam.py.
 
-What the run leaves in --output_dir: the student as a pipeline folder, or its LoRA; README.md, which says how it
-is sampled; overview.png (the teacher and the student from the same noises), metrics.json (flags and the closing
-table), metrics.jsonl (loss, gradient norm and learning rate of each step) and the last checkpoint.
+What the run leaves in --output_dir: the student as a pipeline folder, or its LoRA; README.md, which says how it is
+sampled; overview.png (the teacher and the student from the same noises), metrics.json (flags and the closing table),
+metrics.jsonl (loss, gradient norm and learning rate of each step) and the last checkpoint.
 """
 
 import argparse
@@ -184,8 +184,8 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     # With k = N-1 or more every sub-path would end at time 0, and the target would be the solver's own end: plain
     # regression, and no longer consistency training.
     refuse(args.k >= times - 1, f"--k must be smaller than {times - 1}, the teacher's last time")
-    # A target at a time that is no start has never been trained as one. LCM fails by it, and
-    # SPLAM nearly as badly; with --improved time, lines pass there.
+    # A target at a time that is no start has never been trained as one. LCM fails by it, and SPLAM nearly as
+    # badly; with --improved time, lines pass there.
     off = f"--k {args.k} ends sub-paths where none start: the starts are {spacing} apart"
     refuse(args.k % spacing and args.ode == "lcm", off)
     if args.k % spacing:

@@ -235,10 +235,10 @@ def boundary(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
     """c_skip(t) and c_out(t) of Eq. 5 and 16, with c_skip(0) = 1 and c_out(0) = 0.
 
     Eq. 5, whose f is our F, makes F_θ(x, 0) = x hold by construction. Without such an anchor a constant function would
-    satisfy self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 only the first times feel it: c_skip
-    is 0.0025 at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later.
-    So in practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself.
-    (In discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
+    satisfy self-consistency (Eq. 4) perfectly. With LCM's scaling of 10 only the first times feel it: c_skip is 0.0025
+    at t = 1 and below 1e-5 from t = 16 on. With 50 starts in 1000 times, sub-paths start at t = 19 or later. So in
+    practice it acts where a sub-path ends, at s = 0, and nowhere else: there the target is the point x̂_s itself. (In
+    discrete time that point is not quite clean: Stable Diffusion has σ_0 = 0.029.)
     """
     scaled = per_sample(TIMESTEP_SCALING * t.float(), ndim)
     norm = scaled**2 + SIGMA_DATA**2
