@@ -253,7 +253,7 @@ def add_arguments(parser: Parser) -> None:
     flag("--prompts", nargs="+", default=[], help="texts, or a .txt file with one a line, or class labels")
     flag("--batch_size", type=positive, help="samples at a time (default: by kind of model)")
     flag("--mixed_precision", choices=list(training.DTYPES), default="no", help="of the networks")
-    # LCM's times were chosen for Stable Diffusion's schedule. docs/images.md has measured others on another one.
+    # LCM's times were chosen for Stable Diffusion's schedule. On another one others can be better (docs/images.md).
     flag("--timesteps", type=count, nargs="+", default=[], help="of a student, falling (default: LCM's, for --steps)")
 
 
