@@ -7,8 +7,8 @@
 The first two lie in memory and are indexed by a whole batch of numbers. Captions are a stream without end, because a
 set of the web's size has neither a length nor a short way to its middle.
 
-Data from the web are never all good. A broken file is skipped, counted, and named in the log; nothing that lies in a
-file ends a run. Only if nothing usable is left does the program end, with one line that says so.
+Data from the web are never all good. A broken image or pair is skipped and counted, and the log names some. What a
+person must put right, such as images in no class, or no usable image at all, ends the program before the run begins.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ POINTS = ("toy:", "ideal:", "flow:")  # how the names of 2-D distributions begin
 
 
 def distribution(name: str) -> GaussianMixture:
-    """The mixture of "toy:moons" or "ideal:moons"; BadInput for a name that is none."""
+    """The mixture of "toy:moons", "ideal:moons" or "flow:moons"; BadInput for a name that is none."""
     known = {kind + which: mixture for kind in POINTS for which, mixture in DISTRIBUTIONS.items()}
     refuse(name not in known, f"unknown 2-D distribution {name!r}: choose from {', '.join(known)}")
     return known[name]
@@ -214,9 +214,9 @@ def split_folder(folder: str | Path, split: str) -> Path:
 def images_by_class(folder: str | Path, split: str) -> list[tuple[Path | Image.Image, str]]:
     """The images of a split, each with its class: the first folder below the split, or "" if there is none.
 
-    A folder named cifar10* that holds no images is filled by torchvision.
+    A folder named cifar10, or cifar10_..., that holds no images is filled by torchvision.
     """
-    if Path(folder).name.startswith("cifar10") and not files_below(Path(folder), *EXTENSIONS):
+    if re.match("cifar10(?!0)", Path(folder).name) and not files_below(Path(folder), *EXTENSIONS):
         from torchvision.datasets import CIFAR10  # takes a second, and few need it
 
         cifar = CIFAR10(folder, train=split == "train", download=True)
@@ -231,7 +231,7 @@ def images_by_class(folder: str | Path, split: str) -> list[tuple[Path | Image.I
 class ImageFiles:
     """Images as centre squares, read when they are asked for: for sets that exceed memory.
 
-    Without a resolution they must be squares of one size already, and that is it.
+    Without a resolution they must be squares of one size already, which then is the resolution.
     """
 
     def __init__(self, images: Iterable[Path | Image.Image], resolution: int | None):

@@ -34,14 +34,13 @@ import splam
 import training
 from cli import Parser, amount, count, finite, positive, program, read_prompts, recipes, refuse, share, writable_folder
 from data import POINTS
-from evaluate import Evaluation, compare, print_table, provenance
+from evaluate import STEPS, Evaluation, compare, print_table, provenance
 from sample import n_steps, overview, picture, preview, sample
 from splam import SubPathStudent, ema_update, splad_loss
 from teacher import LOAD_OPTIONS, DiffusionModel, load, new_model, save, train
 from teacher import parse as teacher_flags
 
 log = logging.getLogger("distill")
-STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes are command lines. The program reads, one after the other, the recipe of the teacher's kind, the preset, and
@@ -117,7 +116,7 @@ def parser() -> Parser:
     improved_help = "parts of improved.py, beyond the paper: time, half, second_order; without a name all three"
     flag("--improved", nargs="*", choices=improved.PARTS, metavar="PART", help=improved_help)
     training.add_arguments(p)
-    # A short warm-up, while AdamW's second moments are still guesses; and the paper's clipping.
+    # The paper's constant rate, and its clipping.
     p.set_defaults(lr_scheduler="constant", max_grad_norm=10.0)
     # For Stable Diffusion, whose weights, gradients and activations do not fit one GPU at a useful batch.
     flag = p.add_argument_group("large networks").add_argument
@@ -140,7 +139,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     given = [*PRESETS.get(preset, "").split(), *typed]
     first = p.parse_args(given)  # a first look, for the teacher and what is needed to fit one
     name = first.pretrained_teacher_model
-    # The default folder says what is distilled and how, so that different runs do not meet in one.
+    # The default folder says what is distilled and how, so that two methods do not meet in one.
     short_name = name.partition(":")[2] if name.startswith(POINTS) else Path(name).name
     output_dir = first.output_dir or f"runs/{short_name}-{first.ode}{'' if first.improved is None else '-improved'}"
     own = Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve()
@@ -194,11 +193,11 @@ def check(args: argparse.Namespace, teacher: DiffusionModel) -> None:
     refuse(args.guidance_w and not teacher.conditional, f"--guidance_w: {teacher.name} has no labels to be guided by")
     texts = bool(teacher.default_prompts)
     refuse(args.lora_rank and not texts, "--lora_rank is for models that are prompted by texts")
-    if "time" in args.improved and args.ode != "lcm":
+    if "time" in args.improved:
         learned = teacher.network.config.get("time_embedding_type") == "learned"
         refuse(learned, f"--improved time: {teacher.name} has embeddings of whole times only")
         refuse(teacher.prediction_type == "flow", "--improved time is for paths with α² + σ² = 1")
-        if args.sigma == "markov":
+        if args.sigma == "markov" and args.ode != "lcm":
             log.warning("--sigma markov and --improved time tell the network a wrong time: expect a poor student")
     few = re.search("turbo|lightning|hyper-|lcm", Path(teacher.name).name, re.IGNORECASE)
     config = teacher.scheduler.config  # a teacher with zero terminal SNR has "trailing" for a reason of its own

@@ -39,6 +39,7 @@ from data import centre_square, reference_set, to_range
 from teacher import LOAD_OPTIONS, DiffusionModel, load
 
 log = logging.getLogger("evaluate")
+STEPS = [1, 2, 4]  # in which a student is measured, as in the paper's tables
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
@@ -97,7 +98,7 @@ class FrechetDistance:
 
     def _take_reference(self, reference: Sequence, network: Path) -> None:
         """The sums of the reference's features, which may take a quarter of an hour. They are kept beside the network's
-        file. Their own is known by the network's weights, the number of images, and 256 of the images."""
+        file. The name of that file holds a digest of the network's weights, the number of images, and 256 of them."""
         digest = hashlib.sha1(str(len(reference)).encode())
         for part in (*self.metric.inception.state_dict().values(), reference[spread(len(reference), 256)]):
             digest.update(part.cpu().numpy().tobytes())
@@ -476,8 +477,8 @@ def main() -> None:
     teacher = load(args.pretrained_teacher_model, **how).to(device)
     same = "data num_samples features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
-    steps = [len(args.timesteps)] if args.timesteps else args.steps or [1, 2, 4]
-    teacher_steps = [1, 2, 4, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
+    steps = [len(args.timesteps)] if args.timesteps else args.steps or STEPS
+    teacher_steps = [*STEPS, teacher.many_steps] if args.teacher_steps is None else args.teacher_steps
     table, samples = compare(evaluation, students, steps, teacher_steps, args.guidance_w, args.samples_dir)
     print_table(table)  # before anything is written, which may fail: hours of sampling must not be lost
     # Not a folder of a hub id's own name: from then on, that name would mean the folder.

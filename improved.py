@@ -37,9 +37,10 @@ class ToldTheTime(ConsistencyFunction):
     Why it helps: x_γ, scaled to α² + σ² = 1, has the signal and the noise of the diffusion process at t'. The teacher's
     weights know what to do there, so nothing new must be learnt and training is much faster.
 
-    What it costs: a bias. (t, γ) names one sub-path and t' forgets which: several sub-paths pass through each t' and
-    ask for different things there, so a student that has converged is too blurred (docs/equations.md, note 16). It
-    needs the linear σ, since a wrong σ_γ is a wrong t'. It needs a network that takes times between the integers.
+    What it costs: a bias. (t, γ) names one sub-path and t' forgets which: if k exceeds the spacing of the starts,
+    several pass through each t' and ask for different things there, and a student that has converged is too blurred
+    (docs/equations.md, note 16). It needs the linear σ, since a wrong σ_γ is a wrong t'. It needs a network that takes
+    times between the integers.
     """
 
     def tell(self, gamma: Tensor, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:

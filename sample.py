@@ -28,7 +28,7 @@ from teacher import LOAD_OPTIONS, DiffusionModel, load
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 #
-# Each takes a model, its noise, falling times from N-1 on, the condition and the guidance scale. It yields after each
+# Each takes a model, its noise, times that fall from N-1, the condition and the guidance scale. It yields after each
 # evaluation of the network; the last tensor (B, ...) is the sample.
 #
 # The teacher's knows α and σ, and nothing else of the teacher's own scheduler. That one may add noise, clip x_0 or have
@@ -62,7 +62,8 @@ def ddim(model: DiffusionModel, noise: SeededNoise, times: Sequence[int], cond: 
     """The same loop with ε̂ in the place of fresh noise: x_s = α_s x̂_0 + σ_s ε̂, an Euler step along the PF-ODE
     (splam.py, section 1). The last step goes all the way, to x̂_0.
 
-    diffusers' DDIMScheduler has the same times. But its steps are N // n long, which is wrong if n does not divide N.
+    diffusers' DDIMScheduler has the same times, if its spacing is "trailing". But its steps are N // n long, which is
+    wrong if n does not divide N.
     """
     x, x0, eps = noise(), None, None
     for time in times:

@@ -22,10 +22,10 @@ Notation
     c, ∅         condition (a text, or a class), and the empty one
     w            guidance scale in ε + w (ε - ε_∅): w = 8 here is guidance_scale 9 in diffusers
     θ, θ⁻        weights of the student, and their running average (the "target")
-    f, F         The paper swaps these letters. In Eq. 4 to 7, f is the consistency function with its boundary condition
-                 and F the bare network. From Eq. 8 on, f is the denoiser "x_0 from x and ε", and from Eq. 16 on F is
-                 that denoiser with the boundary condition. Here F_θ always means the F of Eq. 16. (In Eq. 2 and 3,
-                 f and g are the drift and the diffusion of the process.)
+    f, F         The paper swaps these letters. In Eq. 4 to 7, f maps a point of a trajectory to the trajectory's
+                 end, and F is the bare network in it. From Eq. 8 on, f is the denoiser "x_0 from x and ε", and from
+                 Eq. 16 on F is that denoiser with the boundary condition. Here F_θ always means the F of Eq. 16. (In
+                 Eq. 2 and 3, f and g are the drift and the diffusion of the process.)
 
 Shapes: x is (B, ...): points (B, 2), or pixels or latents (B, C, H, W). t, s and γ are (B,). All that comes from the
 noise schedule is computed in float32, whatever precision the networks compute in. Half precision keeps two or three
@@ -296,9 +296,9 @@ class GammaTimeEmbedding(nn.Module):
 
     W has no bias, so that e(1) = 0 adds exactly nothing, whatever W is.
 
-    diffusers' networks have no argument for γ, so SubPathStudent leaves it in the attribute `gamma` before each pass.
-    A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the target's hook
-    would read the γ that the student was last given, and not its own γ = 1, without an error.
+    Few networks of diffusers take a number beside t, so SubPathStudent leaves γ in the attribute `gamma` before each
+    pass. A forward hook would be shorter, but it would hold on to this very module: after copy.deepcopy, the target's
+    hook would read the γ that the student was last given, and not its own γ = 1, without an error.
     """
 
     def __init__(self, time_embedding: nn.Module):
@@ -375,7 +375,7 @@ def draw(x0: Tensor, num_train_timesteps: int, num_ddim_timesteps: int, generato
     `num_ddim_timesteps` is 50, or another divisor of N. Few-step sampling takes its times from the same grid, so it
     never asks the student at a time where it was not trained.
 
-    The generator is a CPU's, since the numbers of a GPU's differ from it and from those of other GPUs.
+    The generator is a CPU's: from the same seed, each model of GPU draws other numbers.
     """
     n = torch.randint(num_ddim_timesteps, (len(x0),), generator=generator)
     t = num_train_timesteps - 1 - num_train_timesteps // num_ddim_timesteps * n
@@ -423,7 +423,7 @@ def splad_loss(
         gamma, ode = torch.ones_like(gamma), "sl"  # at γ = 1 both lines are x_t
     point = sub_path_point(x_t, x_s, t, s, gamma, schedule, ode, sigma_form)  # Eq. 12, or 26
     d = distance(student(point.x, t, gamma, point, **cond), landing, metric)  # Eq. 17, one number for each sample
-    return d.mean()  # a weight λ(t), as other consistency models have, would multiply d first
+    return d.mean()  # a weight, which Eq. 9 has and Eq. 17 omits, would multiply d first
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
-"""What a diffusion model is to the rest of the project: one small interface, its four kinds, and how to train one.
+"""What a diffusion model is to the rest of the project: one small interface, its kinds, and how to train one.
 
-    PointModel          2-D points; the network is toy/mlp.py's
+    PointModel          2-D points; the network is toy/mlp.py's (FlowPoints: beyond the paper)
     ImageModel          pixels; a UNet2DModel of diffusers, with or without class labels
     StableDiffusion     text to image in the latents of a VAE
     StableDiffusionXL   the same, with a second text encoder, and told the image's size
 
-Teachers and students are both DiffusionModels, and both are kept as folders in diffusers' pipeline format. A student is
-such a folder whose scheduler is one for few steps; that is all that sets them apart. All that differs between kinds of
-model stands in this file.
+Teachers and students are both DiffusionModels, and both are kept as folders in diffusers' pipeline format, or as a
+LoRA. A student's scheduler is one for few steps; that is all that sets them apart. What differs between kinds of model
+stands in this file, but for how points are drawn and measured.
 
     python teacher.py --data data/cifar10            trains one on images
     python teacher.py --data toy:moons               or on a 2-D distribution
@@ -141,7 +141,7 @@ class DiffusionModel:
     # -- data, labels and conditions ----------------------------------------------------------------------------------
 
     def resize(self, resolution: int | None) -> None:
-        """Makes it a model of images of another size; of those that cannot be, BadInput."""
+        """Sets the size of its images. BadInput if it has only one, and that is another."""
         other = resolution not in (None, self.resolution)
         refuse(other, f"--resolution {resolution}: {self.name} makes {self.kind} of {self.resolution or 'no'} pixels")
 
@@ -280,6 +280,8 @@ class PointModel(DiffusionModel):
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Points of `args.data`."""
+        known, found = self.null_label, data.distribution(args.data).num_classes
+        refuse(known not in (None, found), f"{args.data} has {found} classes, and {self.name} knows {known}")
         return data.Points(args.data)
 
     def predict(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], w: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -450,7 +452,7 @@ class StableDiffusion(DiffusionModel):
         longest, limit = max(map(len, tokenizer(texts, verbose=False).input_ids)), tokenizer.model_max_length
         if longest > limit and not tokenizer.deprecation_warnings.get(key):
             log.warning("a text of %d tokens: of those over %d only the beginnings are used", longest, limit)
-            # Where transformers notes that it has warned: a teacher and its students share this. Its words were wrong.
+            # Here transformers notes that it has warned. Its own words would be wrong: we cut the text.
             for tokenizer in self.tokenizers:
                 tokenizer.deprecation_warnings[key] = True
 
@@ -543,7 +545,7 @@ def load(name: str, **options: str | None) -> DiffusionModel:
     index = read_json(file)
     found = index.get("_class_name"), index.get("unet")
     kinds = [kind for kind in KINDS if found[0] in kind.pipelines and found[1] == list(kind.network_class)]
-    # The kinds of points are not named: their folders are of no pipeline that diffusers has.
+    # The kinds of points are not named: nobody has such a folder from elsewhere.
     names = ", ".join(name for kind in KINDS[2:] for name in kind.pipelines)
     refuse(not kinds, f"{name} is a {found[0]}, and what can be a teacher here is: {names}")
     other_vae = options.get("pretrained_vae_model_name_or_path")

@@ -10,10 +10,11 @@ The loops themselves stand in distill.py and teacher.py, each from top to bottom
             run.log(step, loss)
             run.checkpoint(step)
 
-All that is random is a function of the seed and of a number: that of the micro-batch, counted over steps, micro-batches
-of a step, and processes. So a run that was killed and resumed computes what it would have computed without the kill, to
-the bit on a CPU. And eight processes compute what one does with eight micro-batches a step. Captions are the
-exception: they come as a stream, which then is another one (see `loader`).
+A step has --gradient_accumulation_steps *micro-batches*, whose gradients are added. All that a loop draws is a function
+of the seed and of a number: that of the micro-batch, counted over steps, micro-batches of a step, and processes. So a
+run that was killed and resumed computes what it would have computed without the kill, to the bit on a CPU. And eight
+processes compute what one does with eight micro-batches a step. There are two exceptions. Captions come as a stream,
+which after a kill is another one (see `loader`). Dropout draws by itself, and its state is kept in checkpoints.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def add_arguments(parser: Parser) -> None:
     flag("--resume_from_checkpoint", help='a checkpoint folder, or "latest": that of --output_dir, if there is one')
     flag("--report_to", help="beside metrics.jsonl: tensorboard, wandb, all, or another tracker of accelerate")
     flag("--tracker_project_name", default="splam", help="where that tracker files the run")
-    # These change nothing of what is computed, so that a resumed run may have others.
+    # These change nothing of what is computed but the order of captions, so that a resumed run may have others.
     free = "dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name"
     parser.set_defaults(free=free.split())
 
@@ -139,7 +140,7 @@ MARK = "run.json"  # by which a folder is known as a run's
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses what would end a run before its first step, and leaves nothing behind."""
+    """Refuses bad flags and folders before anything is written."""
     warm_up, steps = args.lr_warmup_steps, args.max_train_steps
     refuse(warm_up >= steps, f"--lr_warmup_steps {warm_up} must be below --max_train_steps {steps}")
     for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
@@ -160,7 +161,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def resumed_from(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that is asked for, if there is one. Refuses to train over one that nobody spoke of."""
+    """The checkpoint that is asked for, if there is one. Refuses to train over another one."""
     there, asked = checkpoints(Path(args.output_dir)), args.resume_from_checkpoint
     latest = there[-1] if there else None
     path = latest if asked == "latest" else asked and Path(asked)
@@ -205,7 +206,7 @@ class Run:
         # From here on, what is drawn without a generator (dropout) differs between processes, as it should: they have
         # different samples.
         set_seed(args.seed, device_specific=True)
-        # Matrix products only. PyTorch allows TF32 in convolutions by default, which a VAE in float32 needs.
+        # Of matrix products. In convolutions PyTorch allows TF32 by default, and a VAE in float32 is faster by it.
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # of a LoRA, only that
         options = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "fused": True}
@@ -237,8 +238,8 @@ class Run:
         self.bar.close()
 
     def clip_gradients(self) -> None:
-        """Limits the gradient's L2 norm to --max_grad_norm, if it is not 0, and keeps the norm for the log; where the
-        gradient is not complete yet, before a step's last micro-batch, nothing."""
+        """Limits the gradient's L2 norm to --max_grad_norm (0: no limit), and keeps the norm for the log. Before
+        a step's last micro-batch the gradient is not complete, and nothing is done."""
         if self.accelerator.sync_gradients:
             limit = self.args.max_grad_norm or math.inf
             self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
@@ -299,20 +300,21 @@ class Run:
 
     def _resume(self) -> None:
         """Goes on from the checkpoint that is asked for."""
-        path = resumed_from(self.args)
-        if path is None:
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-            return
-        # As JSON has it, where a tuple is a list.
-        theirs, ours = read_json(path / MARK), json.loads(json.dumps(self._configuration()))
-        self.step = theirs.pop("step")
-        differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-        what = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing)
-        refuse(differing, f"{path} is of another configuration: {what}")
-        by_library(self.accelerator.load_state, str(path))
-        if self.step == self.args.max_train_steps:
-            log.warning("%s is complete: no step is left, and its results are made again", path)
-        self.accelerator.step = 0  # no micro-batch of the next step is done, however the steps before were cut
+        path, file = resumed_from(self.args), self.folder / "metrics.jsonl"
+        if path:
+            # As JSON has it, where a tuple is a list.
+            theirs, ours = read_json(path / MARK), json.loads(json.dumps(self._configuration()))
+            self.step = theirs.pop("step")
+            differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+            what = ", ".join(f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing)
+            refuse(differing, f"{path} is of another configuration: {what}")
+            by_library(self.accelerator.load_state, str(path))
+            if self.step == self.args.max_train_steps:
+                log.warning("%s is complete: no step is left, and its results are made again", path)
+            self.accelerator.step = 0  # no micro-batch of the next step is done, however the steps before were cut
+        # A line a step: what was logged after the checkpoint will be logged again.
+        if self.accelerator.is_main_process and file.is_file():
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[: self.step]))
 
 
 def _accelerator(args: argparse.Namespace) -> Accelerator:

@@ -31,7 +31,7 @@ import teacher
 import training
 from cli import writable_folder
 from data import POINTS
-from evaluate import Evaluation, print_rows, provenance
+from evaluate import STEPS, Evaluation, print_rows, provenance
 from experiments.bench import forward_passes
 from sample import n_steps, slug
 from teacher import DiffusionModel
@@ -67,7 +67,7 @@ def bench_of(name: str, *arguments, **options) -> Bench:
 def quality(place: Bench, student: DiffusionModel) -> dict[str, float]:
     """How far a student's map, from noise to data, is from the PF-ODE's; and how far its samples are from the data."""
     values = {}
-    for n in distill.STEPS:
+    for n in STEPS:
         samples, distances = place.sampler(student, n, 0.0, None)
         # With more steps fresh noise goes in between: the first one does not decide the sample, and there is no map.
         if n == 1:

@@ -245,6 +245,9 @@ def test_cifar10_comes_from_torchvision(tmp_path, monkeypatch):
     assert images.labels.tolist() == [2, 2, 1] and images.classes == ["x", "y", "z"] and (images.samples == 7).all()
     assert reference_set(folder, "train", 8)[[2]].shape == (1, 3, 8, 8)
     assert load_images(fill(tmp_path / "cifar10_png", TWO)).classes == ["cat", "dog"]
+    (tmp_path / "cifar100").mkdir()
+    with refused("no images"):
+        load_images(str(tmp_path / "cifar100"))
 
 
 def fifo(path: Path):

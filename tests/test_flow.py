@@ -75,6 +75,9 @@ def test_a_student_of_flow_matching_is_trained_saved_and_loaded(tmp_path, call, 
     assert isinstance(student.scheduler, FlowMatchLCMScheduler) and torch.equal(student.schedule.sigma, PATH.sigma)
     before, after = load(str(tmp_path / "out/teacher")).network.state_dict(), student.network.state_dict()
     assert all((after[name] - weight).abs().max() > 1e-5 for name, weight in before.items())
-    for more, words in ((["--improved", "time"], "α² + σ² = 1"), (["--num_ddim_timesteps", 25], "is 50 for flow")):
+    for more, words in (
+        (["--improved", "time", "--ode", "lcm"], "α² + σ² = 1"),
+        (["--num_ddim_timesteps", 25], "is 50 for flow"),
+    ):
         status, _, err = call(distill.main, *start[:-1], tmp_path / "other", *more)
         assert status == 2 and words in err and not (tmp_path / "other").exists()

@@ -1,17 +1,20 @@
 """What improved.py adds, by the oracles and helpers of test_splam.py, and by diffusers' DPM-Solver."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_splam
 import torch
+from conftest import ROOT
 from diffusers import DPMSolverSinglestepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from test_splam import LINES, MIXTURE, PURE_NOISE, SD, SD_PATHS, close, points, seeded
 
 import splam
+from experiments.table import PREDICTED
 from improved import ToldTheTime, half_at_one, second_order, time_at
 from splam import ConsistencyFunction, multiple_estimation, sub_path_point
 
@@ -82,6 +85,57 @@ def test_told_the_time_the_fixed_point_of_gaussian_data_is_that_of_lcm_for_short
         return splam.splad_loss(*networks, SD, x0, {}, splam.Draws(20 * n - 1, gamma, noise), k=100, solver_step=20)
 
     assert min(loss(slope) for slope in case.G[10] * torch.linspace(0.95, 1.05, 101)) > 1e-6
+
+
+def smooth_fixed_point(c, k, m, sigma, share, degree=8):
+    """G/G* at t = 999 of a student F = G(t') z that is told t', where G/G* is a polynomial in ϑ = arctan(ρ/c), 1 at
+    time 0: the one that is its own best fit. All is linear, so one z_t for each start and γ says all; `share` of the γ
+    are 1."""
+    case, t = test_splam.Gaussian(c, k), torch.arange(19, 1000, 20)
+    s, (alpha, _) = (t - k).clamp_min(0), SD.at(t, 2)
+    x_s = multiple_estimation(case.denoise, SD, alpha, t, s, k, k // m)  # from z_t = 1
+    gamma = torch.cat([(torch.arange(400) + 0.5) / 400, torch.ones(1)])
+    weight = torch.cat([torch.full((400,), (1 - share) / 400), torch.tensor([share])]).double()
+    t, s, x_t, x_s = (part.repeat_interleave(401, 0) for part in (t, s, alpha, x_s))
+    x, alpha, noise = sub_path_point(x_t, x_s, t, s, gamma.repeat(50), SD, "sl", sigma)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = SD.at(s, 2), SD.at(t, 2)
+    rho, rho_s, rho_t = (
+        (a / b).double().flatten() for a, b in ((noise, alpha), (sigma_s, alpha_s), (sigma_t, alpha_t))
+    )
+    z, z_s = (x / alpha).double().flatten(), (x_s / alpha_s).double().flatten()
+
+    def truth(rho):
+        return SD.alpha[0] * ((c**2 + case.rho[0] ** 2) / (c**2 + rho**2)).sqrt()
+
+    def powers(rho):
+        place = (rho / c).atan() - (case.rho[0] / c).atan()
+        place = place / ((case.rho[-1] / c).atan() - (case.rho[0] / c).atan())
+        return torch.from_numpy(np.polynomial.chebyshev.chebvander(2 * place.numpy() - 1, degree)) * place[:, None]
+
+    # Loss: the mean square of truth(ρ) (1 + powers(ρ) a) z - truth(ρ_s) (1 + powers(ρ_s) a) z_s over x_t.
+    scale = (weight.repeat(50) * (c**2 + rho_t**2)).sqrt()
+    ours, theirs = truth(rho) * z * scale, truth(rho_s) * z_s * scale
+    fit = torch.linalg.pinv(ours[:, None] * powers(rho))  # what the target asks for -> the best a
+    asked = fit @ (theirs[:, None] * powers(rho_s))
+    a = torch.linalg.solve(torch.eye(degree + 1) - asked, fit @ (theirs - ours))
+    return (1 + powers(case.rho[-1:]) @ a).item()
+
+
+@pytest.mark.parametrize("row, sigma, share, known", [
+    ("smooth in time", "linear", 0, 0.002), ("half at one", "linear", 0.5, 0.001), ("Markov", "markov", 0, 0.013),
+])  # fmt: skip
+def test_the_fixed_points_of_note_16_if_the_student_is_smooth_in_time(row, sigma, share, known):
+    """The table's numbers, which experiments/table.py has too. `known` is how well: by how much the degree counts."""
+    (line,) = re.findall(rf"^\| .*{row} \|(.*)\|$", (ROOT / "docs/equations.md").read_text(), re.MULTILINE)
+    sizes = [float(size) for size in line.split("|")]
+    for size, case in zip(
+        sizes, [(0.5, 20, 1), (0.5, 100, 5), (1.0, 20, 1), (1.0, 100, 5), (1.0, 100, 1)], strict=True
+    ):
+        found = [smooth_fixed_point(*case, sigma, share, degree) for degree in (6, 8, 10)]
+        assert found == pytest.approx([size] * 3, abs=known), case
+        assert found[1] == pytest.approx(size, abs=6e-4)
+    name, column = {"smooth in time": ("", 3), "half at one": (" half", 3), "Markov": (" --sigma markov", 3)}[row]
+    assert dict(PREDICTED.values())[f"--improved time{name}"] == sizes[column]
 
 
 def test_half_of_gamma_is_1_and_the_rest_uniform():

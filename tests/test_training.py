@@ -77,6 +77,7 @@ def test_a_run_resumed_after_a_kill_is_bit_identical(
     assert [path.name for path in training.checkpoints(killed)] == [f"checkpoint-{last}"]
     assert call(distill.main, *flags, "--output_dir", killed, "--resume_from_checkpoint", "latest")[0] == 0
     assert_equal(everything(whole), everything(killed))
+    assert (whole / "metrics.jsonl").read_text() == (killed / "metrics.jsonl").read_text()  # no step comes twice
 
 
 def test_the_random_numbers_of_micro_batches_differ_in_everything():

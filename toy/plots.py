@@ -1,4 +1,5 @@
-"""Plots of the 2-D toy and of the experiments. Each function returns a PIL image, made to be read 830 pixels wide.
+"""Plots of the 2-D toy and of the experiments. `overview`, `curves` and `dots` return PIL images, made to be read 830
+pixels wide.
 
 overview   batches of points; below them the PF-ODE with a sub-path and its line, which `sub_path` finds
 curves     measured numbers over time, k or γ, with their spread
