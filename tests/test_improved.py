@@ -1,6 +1,7 @@
 """What improved.py adds, by the oracles and helpers of test_splam.py, and by diffusers' DPM-Solver."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_splam import LINES, MIXTURE, PURE_NOISE, SD, SD_PATHS, close, points, seeded
 
 import splam
+import teacher
 from experiments.table import PREDICTED
 from improved import ToldTheTime, half_at_one, second_order, time_at
 from splam import ConsistencyFunction, multiple_estimation, sub_path_point
@@ -169,6 +171,22 @@ def test_a_second_order_step_is_that_of_diffusers(t, s):
     for step in (t, middle):
         x = theirs.step(test_splam.mixture_denoiser(x, torch.full((16,), step))[0], step, x).prev_sample
     close(ours, x)
+
+
+@pytest.mark.parametrize("row, flags", [
+    ("the toy's schedule", []), ("Stable Diffusion's", ["--beta_start", "0.00085", "--beta_end", "0.012"]),
+])  # fmt: skip
+def test_where_chains_of_solver_steps_end(row, flags):
+    """The table of note 17, again: where LCM's training ends, beside where scipy's solver does."""
+    schedule = ["--beta_schedule", "scaled_linear"] if flags else []
+    model = teacher.new_model(teacher.parse(["--data", "ideal:8gaussians", *schedule, *flags]))
+    denoise, (x, t, end) = partial(model.predict, cond={}), (points(1024), torch.full((1024,), 999), torch.zeros(1024))
+    truth = model.mixture.endpoint(x.double(), *model.schedule.at(t[:1], 2))
+    chains = [(multiple_estimation, k) for k in (20, 50, 100, 200)] + [(second_order, k) for k in (50, 100, 200)]
+    found = [solver(denoise, model.schedule, x, t, end.long(), 999, k) for solver, k in chains]
+    (line,) = re.findall(rf"^\| {row} \|(.*)\|$", (ROOT / "docs/equations.md").read_text(), re.MULTILINE)
+    errors = [(x - truth).norm(dim=1).mean().item() for x in found]
+    assert errors == pytest.approx([float(error) for error in line.split("|")], rel=0.05)
 
 
 def test_a_second_order_step_begins_where_no_signal_is_left():
