@@ -18,7 +18,7 @@ from scipy.stats import ttest_rel
 
 import distill
 import teacher
-from evaluate import Classifier, wasserstein2
+from evaluate import Classifier, print_rows, wasserstein2
 from experiments import __main__, bench, laboratory, table, verdict
 from sample import SeededNoise, sample
 from splam import Schedule, multiple_estimation
@@ -279,6 +279,23 @@ def test_the_chapter_says_what_the_records_say_and_nothing_by_hand():
         assert verdict.holds(claim) != "not tested"
         students = {part for side in (claim.a, claim.b) for part in side.split(" / ")}
         assert students <= table.EXPERIMENTS[claim.record].variants.keys()
+
+
+def test_the_readmes_numbers_are_those_of_the_record(capsys):
+    """What `make` prints is the record's first run; the table is of its nine."""
+    readme, record = ((ROOT / name).read_text() for name in ("README.md", "experiments/results/toy.json"))
+    runs = json.loads(record)
+    print_rows(runs["sl-0"]["rows"])
+    assert capsys.readouterr().out + runs["sl-0"]["reference"] in readme
+    for label, way, sampler in (
+        ("teacher, DDIM", "sl", "teacher, DDIM"), ("student, the paper's method", "sl", "student"),
+        ("student, `--improved`", "improved", "student"), ("LCM", "lcm", "student"),
+    ):  # fmt: skip
+        seeds = [[row for row in runs[f"{way}-{seed}"]["rows"] if row["sampler"] == sampler] for seed in range(3)]
+        cells = re.search(rf"^\| {re.escape(label)}.*?\| (.*) \|$", readme, re.MULTILINE)[1].split(" | ")
+        for cell, (column, n) in zip(cells, [("W2", 1), ("W2", 2), ("W2", 4), ("map error", 1)], strict=True):
+            found = torch.tensor([row[column] for rows in seeds for row in rows if row["steps"] == n])
+            assert cell == f"{found.mean():.3f} ± {found.std():.3f}" and len(found) == 3
 
 
 def test_the_picture_shows_each_seed_of_each_claim():
