@@ -303,9 +303,11 @@ def test_the_table_of_cifar10_is_that_of_its_record():
     page, record = ((ROOT / name).read_text() for name in ("docs/images.md", "experiments/results/cifar10.json"))
     rows = json.loads(record)["rows"]
     for label, sampler in (
-        ("teacher, DDIM", "teacher, DDIM"), ("**student**, `--improved`", "(weights/cifar10-student|runs/cifar10-improved-2400-.)"),
-        ("`--improved`, 1,200", "runs/cifar10-improved-1200-."), ("the paper's recipe", "runs/cifar10-paper-2400-."),
-    ):  # fmt: skip
+        ("teacher, DDIM", "teacher, DDIM"),
+        ("**student**, `--improved`", "weights/cifar10-student|runs/cifar10-improved-2400-."),
+        ("`--improved`, 1,200", "runs/cifar10-improved-1200-."),
+        ("the paper's recipe", "runs/cifar10-paper-2400-."),
+    ):
         (line,) = re.findall(rf"^\| {re.escape(label)}.*$", page, re.MULTILINE)
         for cell, n in zip(line.split("|")[2:-1], (1, 2, 4, 50), strict=True):
             found = [row for row in rows if re.fullmatch(sampler, row["sampler"]) and row["steps"] == n]
