@@ -136,8 +136,8 @@ def test_the_fixed_points_of_note_16_if_the_student_is_smooth_in_time(row, sigma
         found = [smooth_fixed_point(*case, sigma, share, degree) for degree in (6, 8, 10)]
         assert found == pytest.approx([size] * 3, abs=known), case
         assert found[1] == pytest.approx(size, abs=6e-4)
-    name, column = {"smooth in time": ("", 3), "half at one": (" half", 3), "Markov": (" --sigma markov", 3)}[row]
-    assert dict(PREDICTED.values())[f"--improved time{name}"] == sizes[column]
+    more = {"smooth in time": "", "half at one": " half", "Markov": " --sigma markov"}[row]
+    assert dict(PREDICTED.values())[f"--improved time{more}"] == sizes[3]  # c = 1, k = 100, m = 5
 
 
 def test_half_of_gamma_is_1_and_the_rest_uniform():
