@@ -161,6 +161,18 @@ def test_dropout_is_the_students_alone(points, tmp_path):
     assert modes == [True, False, False]
 
 
+def test_all_three_networks_compute_in_the_precision_that_is_asked_for(points, tmp_path):
+    """accelerate sees to the student. Without autocast around the loop the other two would compute in float32."""
+    flags = ["--pretrained_teacher_model", str(points), "--output_dir", str(tmp_path / "out")]
+    distillation, computed = distill.Distillation(*distill.configure([*flags, "--mixed_precision", "bf16"])), {}
+    student = distillation.run.accelerator.unwrap_model(distillation.run.model)
+    parts = {"student": student, "target": distillation.target, "teacher": distillation.teacher}
+    for name, part in parts.items():
+        part.network.register_forward_hook(lambda *call, name=name: computed.update({name: call[2].sample.dtype}))
+    next(distillation.steps())
+    assert computed == dict.fromkeys(parts, torch.bfloat16)
+
+
 def test_every_flag_of_the_method_is_read(points, tmp_path, call):
     """Each changes the very first loss, the same for all else; bf16 does so by little."""
     base = first_loss(call, points, tmp_path / "out")
