@@ -128,7 +128,6 @@ def parser() -> Parser:
     flag("--num_eval_samples", type=count, default=0, help="samples a row of the closing table; 0 for no table")
     prompts_help = "texts, or a .txt file with one a line, or class labels"
     flag("--prompts", "--validation_prompts", nargs="+", default=[], help=prompts_help)
-    p.get_default("free").extend(["validation_steps", "num_eval_samples", "prompts"])
     return p
 
 
@@ -345,8 +344,7 @@ def finish(
     """
     folder, many = Path(args.output_dir), teacher.many_steps
     record = folder / "metrics.json"
-    configuration = {name: value for name, value in vars(args).items() if name != "free"}
-    metrics = {"configuration": configuration | {"pretrained_teacher_model": teacher.name}, **provenance()}
+    metrics = {"configuration": vars(args) | {"pretrained_teacher_model": teacher.name}, **provenance()}
     # First: whatever happens below, the student is there, and a LoRA with the record that names its teacher.
     save(student, folder)
     record.write_text(json.dumps(metrics, indent=2))
@@ -375,7 +373,7 @@ def model_card(args: argparse.Namespace, teacher: DiffusionModel) -> str:
         with contextlib.suppress(Exception):
             licence = ModelCard.load(folder / "README.md").data.license
     # An id, which the Hub links. A folder's name would be a broken link there.
-    hub_id = None if folder.is_dir() or teacher.name.startswith(POINTS) else teacher.name
+    hub_id = None if folder.is_dir() else teacher.name
     tags = ["splam", "few-step", teacher.kind, *(["lora"] if args.lora_rank else [])]
     head = ModelCardData(base_model=hub_id, library_name="diffusers", license=licence, tags=tags)
     values = {"args": args, "teacher": teacher.name, "name": Path(args.output_dir).resolve().name}

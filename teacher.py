@@ -523,8 +523,7 @@ def save(model: DiffusionModel, folder: Path) -> None:
 def load(name: str, **options: str | None) -> DiffusionModel:
     """The teacher or student in a pipeline folder, in a folder with a LoRA of distill.py, or under a hub id.
 
-    Options are those of diffusers' scripts, LOAD_OPTIONS: `variant`, of files such as *.fp16.safetensors; `revision`,
-    of a hub id; and another VAE in the place of the pipeline's.
+    LOAD_OPTIONS names the options.
     """
     folder = Path(name)
     # A path that was mistyped must not be looked for on the hub, which takes a minute to say that it is not there.

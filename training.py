@@ -1,6 +1,6 @@
 """What a long training run needs and no reader of the method does: flags, batches, checkpoints, the log.
 
-The loops themselves stand in distill.py and teacher.py, each from top to bottom. They use a `Run` like this:
+The loops themselves stand in the programs, each from top to bottom. They use a `Run` like this:
 
     run = Run(args, model, dataset, average)
     for step, (x, label), generator in run.batches():      # once for each micro-batch
@@ -75,9 +75,6 @@ def add_arguments(parser: Parser) -> None:
     flag("--resume_from_checkpoint", help='a checkpoint folder, or "latest": that of --output_dir, if there is one')
     flag("--report_to", help="beside metrics.jsonl: tensorboard, wandb, all, or another tracker of accelerate")
     flag("--tracker_project_name", default="splam", help="where that tracker files the run")
-    # These change nothing of what is computed but the order of captions, so that a resumed run may have others.
-    free = "dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name"
-    parser.set_defaults(free=free.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +134,9 @@ def loader(
 # ---------------------------------------------------------------------------------------------------------------------
 
 MARK = "run.json"  # by which a folder is known as a run's
+# Flags that change nothing of what is computed but the order of captions. A resumed run may have others.
+FREE = """dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name
+validation_steps num_eval_samples prompts""".split()
 
 
 def check(args: argparse.Namespace) -> None:
@@ -294,7 +294,7 @@ class Run:
 
     def _configuration(self) -> dict:
         """All that decides what is computed. Two micro-batches of one process and one of two are the same thing."""
-        fixed = {name: value for name, value in vars(self.args).items() if name not in (*self.args.free, "free")}
+        fixed = {name: value for name, value in vars(self.args).items() if name not in FREE}
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return {**fixed, "gradient_accumulation_steps": parts}
 

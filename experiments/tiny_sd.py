@@ -148,7 +148,6 @@ def main() -> None:
     p = Parser(prog="python -m experiments.tiny_sd", description=__doc__.splitlines()[2])
     p.add_argument("--data", default="data/cifar10", help="folder of images by class")
     p.add_argument("--shards", default="shards", help="folder for the image-caption pairs")
-    p.add_argument("--prediction_type", choices=["epsilon", "v_prediction"], default="epsilon", help="of the U-Net")
     p.add_argument("--clip_steps", type=positive, default=400, help="of training the text encoder")
     p.add_argument("--vae_steps", type=positive, default=900, help="of training the VAE")
     p.add_argument("--ema_decay", type=share, default=0.999, help="of the U-Net's weights that are saved")
@@ -174,7 +173,7 @@ def main() -> None:
     vae = train_vae(stage("training-vae", max_train_steps=args.vae_steps, learning_rate=2e-3), images)
     # Without a safety checker and its feature extractor, the two None: there is nothing to check in ten classes.
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
-    options = {"prediction_type": args.prediction_type, "steps_offset": 1, "clip_sample": False}
+    options = {"steps_offset": 1, "clip_sample": False}
     unet = stage("")
     parts = (vae, text_encoder, tokenizer, new_unet(), DDPMScheduler(**noise, **options), None, None)
     teacher = StableDiffusion(StableDiffusionPipeline(*parts, requires_safety_checker=False), str(folder))

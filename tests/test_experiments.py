@@ -60,7 +60,7 @@ def test_an_experiment_records_what_it_compares(name, call):
     for variant, students in record["rows"].items():
         first, second = (rows[-1] for rows in students)
         assert {"W2, 1 step", "W2, 2 steps", "W2, 4 steps", "loss", "gradient norm"} <= first.keys()
-        assert 0 < first["map error"] < first["map error, 95 %"] < (100 if name == "symptoms" else 10)
+        assert 0 < first["map error"] < (100 if name == "symptoms" else 10)
         assert (first["map error"] > 5) == (variant == "wrong prediction type")  # as only a misread teacher's is
         assert 50 - first["evaluations"] / first["step"] < first["evaluations"] <= 50  # all cost the same, up to a step
         both = torch.tensor([first["map error"], second["map error"]])
@@ -125,7 +125,6 @@ def test_the_measures_are_what_they_say(place):
     one, values = sample(student, range(256), 1), table.errors(place, student)
     distance = (one - exact).norm(dim=1)
     assert values["map error"] == pytest.approx(distance.mean().item(), rel=0.01)
-    assert values["map error, 95 %"] == pytest.approx(distance.quantile(0.95).item(), rel=0.01)
     assert values["W2, 1 step"] == pytest.approx(wasserstein2(one, place.reference[:256]), rel=1e-6)
     assert values["RMS to the end"] == pytest.approx(distance.square().mean().sqrt().item(), rel=0.01)
     assert values["sum of neighbours"] == pytest.approx(sum(values["f to its neighbour"]))
@@ -243,7 +242,7 @@ def rows_of(values, late):
 
 
 def test_claims_are_decided_from_the_records(tmp_path, monkeypatch):
-    """Pairs by seed, after a part of the training; quotients; where more is better; by all measures, some, or none."""
+    """Pairs by seed, after a part of the training; quotients; by all measures, some, or none."""
     a, b = rows_of([1, 1.1, 1.2, 50], late=1), rows_of([2.1, 2.2, 2.4], late=0.1)
     (tmp_path / "one.json").write_text(json.dumps({"rows": {"A": [*a], "B": [*b]}}))
     ones, twos = ([[{"step": 1, "FD, 4 steps": x}]] * 2 for x in (1, 2))
@@ -258,7 +257,6 @@ def test_claims_are_decided_from_the_records(tmp_path, monkeypatch):
     assert words("ahead of", "A", "B") == (["ahead", "behind"], "partly")
     assert words("ahead of", "A", "B", after=1 / 2) == (["behind", "ahead"], "partly")
     assert words("ahead of", "A", "B", a_steps="2 steps") == (["behind"], "no")
-    assert words("ahead of", "A", "B", measure="W2, 4 steps", larger_is_better=True) == (["ahead"], "yes")
     assert words("behind", "B", "A", measure="W2, 4 steps") == (["ahead"], "no")
     assert words("not behind", "B", "A", measure="W2, 4 steps") == (["ahead"], "yes")
     assert words("level with", "A / A", "B / B") == (["level", "level"], "not contradicted")
