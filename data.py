@@ -451,7 +451,7 @@ class Captions:
         known = {fact: value for fact, value in facts.items() if isinstance(value, int | float)}
         sides = known.get("original_width") or image.width, known.get("original_height") or image.height
         if min(sides) < self.min_image_size or known.get("pwatermark", 0) > self.max_pwatermark:
-            raise Unusable(name, "filtered")
+            raise Unusable(sample["__url__"], "some are filtered")  # once a shard: of billions no name is kept
         self.in_vain = 0
         # Not mirrored, unlike images by class: a caption may say left and right. Half of a character, which JSON can
         # hold, would end a tokenizer.

@@ -147,7 +147,7 @@ def configure(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
     fit = point_teacher_flags(first, output_dir) if name.startswith(POINTS) else None
     teacher = new_model(fit) if fit else load(name, **{option: getattr(first, option) for option in LOAD_OPTIONS})
     teacher.resize(first.resolution)
-    p.set_defaults(data=teacher.default_data)
+    p.set_defaults(data=teacher.default_data, resolution=teacher.resolution)
     # The last look. argparse keeps the last value of a flag that comes twice, so what was typed has the last word.
     args = p.parse_args([*RECIPES[teacher.kind].split(), *given])
     args.output_dir, args.prompts = output_dir, read_prompts(args.prompts)
@@ -302,6 +302,7 @@ class Distillation:
 def main() -> None:
     """Trains, logs, saves and shows."""
     args, teacher = configure()
+    provenance()
     # The student is measured at the end, but the measures are made now. If their data or their network are missing, the
     # program ends here, and not after hours of training.
     evaluation, process = None, training.process()

@@ -8,6 +8,7 @@ has a known end, there is something better than a distance between distributions
 from the end of the teacher's trajectory from the same noise.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -84,8 +85,10 @@ class FrechetDistance:
     def __init__(self, evaluation: "Evaluation", network: nn.Module | None = None):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        # Published numbers have the resizing of TensorFlow 1, which is torchmetrics' without its antialiasing.
-        metric = FrechetInceptionDistance(network or 2048, reset_real_features=False, antialias=False)
+        # Published numbers have the resizing of TensorFlow 1, which is torchmetrics' without its antialiasing. Of
+        # several processes only the main one measures, and must not wait for the sums of the others.
+        options = {"reset_real_features": False, "antialias": False, "sync_on_compute": False}
+        metric = FrechetInceptionDistance(network or 2048, **options)
         device = evaluation.model.device
         self.metric = metric.to("cpu" if device.type == "mps" else device)  # mps has no float64, which its sums are in
         self.column, name = "FD" if network else "FID", evaluation.features
@@ -295,10 +298,11 @@ class Evaluation:
             network = EfficientNet() if self.features == EfficientNet.name else None
             return [FrechetDistance(self, network), *measures]
         network, classes = load_classifier(self.features)
+        distance = FrechetDistance(self, network.body)
         # A classifier of other classes cannot say what a model was asked for.
         if model.conditional and model.null_label in (None, len(classes)):
-            measures.append(functools.partial(prompt_accuracy, network.to(model.device), classes))
-        return [FrechetDistance(self, network.body), *measures]
+            measures.append(functools.partial(prompt_accuracy, network.to(distance.metric.device), classes))
+        return [distance, *measures]
 
     @torch.no_grad()
     def measured(self, batches: list[Tensor], prompts: Sequence[str | int] = ()) -> dict[str, float]:
@@ -418,10 +422,12 @@ def print_table(table: dict) -> None:
     print(f"{table['reference']}; {provenance()['machine']}")
 
 
+@functools.cache  # programs ask before the work, since the commit may be another one after it
 def provenance() -> dict[str, str]:
     """What made a number: commit, versions, machine."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    describe, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"], ""
+    with contextlib.suppress(OSError):  # there may be no git
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "diffusers")}
     cpu = f"CPU, threads: {torch.get_num_threads()}"
     return {"commit": commit, **versions, "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}
@@ -475,6 +481,7 @@ def main() -> None:
             setattr(args, name, trained_with[name])
     args.prompts = cli.read_prompts(args.prompts)
     teacher = load(args.pretrained_teacher_model, **how).to(device)
+    provenance()
     same = "data num_samples features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
     steps = [len(args.timesteps)] if args.timesteps else args.steps or STEPS

@@ -333,7 +333,7 @@ class ImageModel(DiffusionModel):
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """Images by class, each also as its mirror image, as squares of the network's size."""
-        images = data.load_images(args.data, resolution=self.resolution, mirror=True)
+        images = data.load_images(args.data, resolution=args.resolution, mirror=True)
         known, what = self.null_label, f"{args.data} has {len(images.classes)} classes"
         other = known is not None and len(images.classes) != known
         refuse(other, f"{what}, and {self.name} knows {known}: the last of its class embeddings must mean no class")

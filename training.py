@@ -157,6 +157,9 @@ def check(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
+    finished = [*folder.glob("model_index.json"), *folder.glob("*.safetensors")]
+    gone = f"{folder} holds {finished[:1]} of an earlier run without a checkpoint: another --output_dir keeps it"
+    refuse(finished and not checkpoints(folder), gone)
     resumed_from(args)
 
 

@@ -252,7 +252,10 @@ def perform(experiment: Experiment, args: argparse.Namespace, others: list[str])
     """
     origin = {"command": f"python -m experiments {shlex.join(sys.argv[1:])}", **provenance()}
     digest = hashlib.sha1(json.dumps(origin).encode()).hexdigest()
-    work = writable_folder(WORK / f"{args.name}-{digest[:12]}")
+    work = WORK / f"{args.name}-{digest[:12]}"
+    if origin["commit"].endswith("-dirty"):  # code that was not committed may have been other code
+        shutil.rmtree(work, ignore_errors=True)
+    writable_folder(work)
     jobs = jobs_of(experiment, args, others, work)
     teachers = {job.fit[-1]: job for job in jobs if job.fit}  # first: two processes must not both fit the same
     run_jobs(fit_teacher, list(teachers.values()), args.processes, "teachers")

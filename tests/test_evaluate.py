@@ -83,6 +83,12 @@ def test_fd_is_the_frechet_distance_of_the_features(tmp_path, caplog):
         assert ("FD by 3 features is far too large" in caplog.text) == warned
 
 
+def test_the_main_process_measures_without_the_others(tmp_path, monkeypatch):
+    """They are done by then. torchmetrics would wait for their sums, which here, without a group, is an error."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    assert frechet_distance(tmp_path, pixels(300))([pixels(300)], [])["FD"] == pytest.approx(0, abs=1e-5)
+
+
 def test_the_features_of_the_data_are_kept_beside_the_network(tmp_path):
     distance, other = frechet_distance(tmp_path, pixels(600))([pixels(600) // 3], []), Brightest()
     (file,) = tmp_path.glob("network-*.safetensors")

@@ -70,7 +70,11 @@ def test_an_experiment_records_what_it_compares(name, call):
     assert one["map error"] != other["map error"], "a change was not made"
 
 
-def test_numbers_repeat_and_an_interrupted_call_goes_on(call, monkeypatch):
+@pytest.mark.parametrize("commit, kept", [("abc1234", 2), ("abc1234-dirty", 0)])
+def test_numbers_repeat_and_an_interrupted_call_goes_on(commit, kept, call, monkeypatch):
+    """With the same code. What was not committed may have been other code."""
+    known = {"commit": commit, "torch": "", "diffusers": "", "machine": ""}
+    monkeypatch.setattr(laboratory, "provenance", lambda: known)
     only, begun, draw = ["--only", "LCM, k = 100", "SL, half, k = 100"], [], distill.Distillation
 
     def interrupted(*arguments, **parts):
@@ -83,7 +87,7 @@ def test_numbers_repeat_and_an_interrupted_call_goes_on(call, monkeypatch):
     monkeypatch.setattr(distill, "Distillation", interrupted)
     assert call(__main__.main, "tab3", "--quick", *only)[0] == 130
     again = quick(call, "tab3", *only)
-    assert len(begun) == 3 + 2  # two were kept, the third begins anew
+    assert len(begun) == 3 + 4 - kept  # the third begins anew
     assert again["rows"] == record["rows"] and again["references"] == record["references"]
     # Another command finds nothing of this one's.
     begun.clear()

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
+import data
 import distill
 import sample
 import teacher
@@ -112,6 +113,17 @@ def test_a_saved_teacher_is_the_average_of_its_weights(images, tmp_path, call, m
     decays = [decay for _, _, decay in averages]
     assert decays[0] < 0.1 and decays == sorted(decays) and decays[-1] < 0.999  # else the random start would stay in it
     assert not any(map(torch.equal, saved.network.parameters(), network.parameters()))
+
+
+@pytest.mark.parametrize("resolution", [[], ["--resolution", "8"]])
+def test_images_are_read_once(resolution, images, tmp_path):
+    """For the shape of the network and for its training: they may be many."""
+    flags = ["--data", str(images), "--block_out_channels", "8", "16", "--output_dir", str(tmp_path), *resolution]
+    args = teacher.parse(flags)
+    with patch("data.open_image", wraps=data.open_image) as opened:
+        data.load_images.cache_clear()
+        teacher.new_model(args).dataset(args)
+    assert opened.call_count == len(data.load_images(str(images)).samples)
 
 
 def test_a_teacher_of_a_distribution_is_fitted_once(tmp_path, monkeypatch):

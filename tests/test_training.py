@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import distill
+import evaluate
 import teacher
 import training
 from data import Points
@@ -149,6 +151,31 @@ def test_nothing_that_an_earlier_run_wrote_is_lost(flags, tmp_path, call):
     free = ["--checkpointing_steps", 5, "--validation_steps", 4]
     status, _, err = call(distill.main, *flags, "--output_dir", out, *latest, *free)
     assert status == 0 and len(losses(out)) == 6, err  # not a step was made
+    shutil.rmtree(out / "checkpoints")  # for their size
+    before = unchanged(out)
+    for more in ([], latest):
+        status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
+        assert status == 2 and "without a checkpoint" in one_line(err) and before == unchanged(out), err
+
+
+def test_the_record_names_the_commit_that_was_run(flags, tmp_path, call, monkeypatch):
+    """And not the one that is there when it has been run. A machine need not have git."""
+    out = tmp_path / "out"
+
+    def git(*arguments, **options):
+        return SimpleNamespace(stdout="after" if (out / "metrics.jsonl").exists() else "before")
+
+    try:
+        monkeypatch.setattr("evaluate.subprocess.run", git)
+        evaluate.provenance.cache_clear()
+        assert call(distill.main, *flags, "--output_dir", out)[0] == 0
+        assert json.loads((out / "metrics.json").read_text())["commit"] == "before"
+        monkeypatch.undo()
+        monkeypatch.setenv("PATH", "")
+        evaluate.provenance.cache_clear()
+        assert evaluate.provenance()["commit"] == ""
+    finally:
+        evaluate.provenance.cache_clear()
 
 
 def test_a_folder_that_holds_something_of_the_users_is_refused(flags, tmp_path, call):
