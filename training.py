@@ -133,7 +133,7 @@ def loader(
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
 
-MARK = "run.json"  # by which a folder is known as a run's
+MARK = "run.json"  # in the folder of checkpoints: by it a folder is known as a run's
 # Flags that change nothing of what is computed but the order of captions. A resumed run may have others.
 FREE = """dataloader_num_workers output_dir checkpointing_steps resume_from_checkpoint report_to tracker_project_name
 validation_steps num_eval_samples prompts""".split()
@@ -155,11 +155,8 @@ def check(args: argparse.Namespace) -> None:
     ways = "accelerate launch --multi_gpu; without GPUs ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
     refuse(alone, f"several processes were asked for, and this one is alone: {ways}")
     folder = Path(args.output_dir)
-    strange = folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
-    refuse(strange, f"--output_dir {folder} holds files, and no run of this program")
-    finished = [*folder.glob("model_index.json"), *folder.glob("*.safetensors")]
-    gone = f"{folder} holds {finished[:1]} of an earlier run without a checkpoint: another --output_dir keeps it"
-    refuse(finished and not checkpoints(folder), gone)
+    strange = folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints" / MARK).is_file()
+    refuse(strange, f"--output_dir {folder} holds files, and no checkpoints of this program")
     resumed_from(args)
 
 
@@ -178,10 +175,10 @@ def resumed_from(args: argparse.Namespace) -> Path | None:
 def run_folder(path: str | Path) -> Path:
     """The folder of a run, which from now on is known as one. Parts of a model will replace what lies there under the
     same name, so `check` has refused any other folder that holds something."""
-    folder = writable_folder(path)
-    if not (folder / MARK).is_file():
-        (folder / MARK).write_text(json.dumps({"command": sys.argv}))
-    return folder
+    mark = writable_folder(Path(path) / "checkpoints") / MARK
+    if not mark.is_file():
+        mark.write_text(json.dumps({"command": sys.argv}))
+    return Path(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -155,7 +155,7 @@ def test_nothing_that_an_earlier_run_wrote_is_lost(flags, tmp_path, call):
     before = unchanged(out)
     for more in ([], latest):
         status, _, err = call(distill.main, *flags, "--output_dir", out, *more)
-        assert status == 2 and "without a checkpoint" in one_line(err) and before == unchanged(out), err
+        assert status == 2 and "no checkpoints of this program" in one_line(err) and before == unchanged(out), err
 
 
 def test_the_record_names_the_commit_that_was_run(flags, tmp_path, call, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_folder_that_holds_something_of_the_users_is_refused(flags, tmp_path, 
     file = tmp_path / "mine/unet/config.json"
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    for name, words in (("mine", "no run of this program"), ("teacher", "the teacher's own folder")):
+    for name, words in (("mine", "no checkpoints of this program"), ("teacher", "the teacher's own folder")):
         before = unchanged(tmp_path / name)
         status, _, err = call(distill.main, *flags, "--output_dir", tmp_path / name)
         assert status == 2 and words in one_line(err) and unchanged(tmp_path / name) == before, err
