@@ -302,7 +302,7 @@ class Distillation:
 def main() -> None:
     """Trains, logs, saves and shows."""
     args, teacher = configure()
-    provenance()
+    provenance()  # asked now and remembered: another commit may be checked out when the run ends
     # The student is measured at the end, but the measures are made now. If their data or their network are missing, the
     # program ends here, and not after hours of training.
     evaluation, process = None, training.process()

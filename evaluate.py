@@ -423,10 +423,11 @@ def print_table(table: dict) -> None:
     print(f"{table['reference']}; {provenance()['machine']}")
 
 
-@functools.cache  # programs ask before the work, since the commit may be another one after it
+@functools.cache
 def provenance() -> dict[str, str]:
     """What made a number: commit, versions, machine."""
-    describe, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"], ""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = ""
     with contextlib.suppress(OSError):  # there may be no git
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "diffusers")}
@@ -482,7 +483,7 @@ def main() -> None:
             setattr(args, name, trained_with[name])
     args.prompts = cli.read_prompts(args.prompts)
     teacher = load(args.pretrained_teacher_model, **how).to(device)
-    provenance()
+    provenance()  # asked now and remembered: another commit may be checked out when all is sampled
     same = "data num_samples features clip_model resolution seed prompts batch_size mixed_precision timesteps"
     evaluation = Evaluation(teacher, **{name: getattr(args, name) for name in same.split()})
     steps = [len(args.timesteps)] if args.timesteps else args.steps or STEPS
