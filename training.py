@@ -155,7 +155,9 @@ def check(args: argparse.Namespace) -> None:
     ways = "accelerate launch --multi_gpu; without GPUs ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 distill.py"
     refuse(alone, f"several processes were asked for, and this one is alone: {ways}")
     folder = Path(args.output_dir)
-    strange = folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints" / MARK).is_file()
+    # checkpoints/ alone is not strange: another process of this run may be making the folder at this moment.
+    others = [path for path in folder.glob("*") if path.name != "checkpoints"]
+    strange = others and not (folder / "checkpoints" / MARK).is_file()
     refuse(strange, f"--output_dir {folder} holds files, and no checkpoints of this program")
     resumed_from(args)
 

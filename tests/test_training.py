@@ -189,6 +189,12 @@ def test_a_folder_that_holds_something_of_the_users_is_refused(flags, tmp_path, 
         assert status == 2 and words in one_line(err) and unchanged(tmp_path / name) == before, err
 
 
+def test_a_folder_that_another_process_is_making_is_not_refused(flags, tmp_path):
+    """Between the folder of checkpoints and the mark in it."""
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    distill.configure([*map(str, flags), "--output_dir", str(tmp_path / "out")])
+
+
 class Evil:
     """A pickle that leaves a file behind when it is unpickled."""
 
