@@ -204,8 +204,6 @@ def distil(job: Job) -> None:
 
 def run_jobs(function: Callable[[Job], None], jobs: list[Job], processes: int, what: str) -> None:
     """Calls the function with each job."""
-    # Students are small: two processes with a thread each do more than one with two.
-    torch.set_num_threads(1)
     bar = functools.partial(tqdm, desc=what, total=len(jobs), leave=False)
     if processes == 1:
         list(bar(map(function, jobs)))
@@ -250,6 +248,8 @@ def perform(experiment: Experiment, args: argparse.Namespace, others: list[str])
     What an interrupted call has finished lies in a folder of its own: on images, an experiment takes hours. The same
     command at the same commit goes on from it, and removes it when all is written.
     """
+    # Students are small: two processes with a thread each do more than one with two.
+    torch.set_num_threads(1)
     origin = {"command": f"python -m experiments {shlex.join(sys.argv[1:])}", **provenance()}
     digest = hashlib.sha1(json.dumps(origin).encode()).hexdigest()
     work = WORK / f"{args.name}-{digest[:12]}"

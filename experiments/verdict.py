@@ -30,7 +30,7 @@ MEASURES = {
 }
 # What a claim may say, and the words of the rule that are then in its favour.
 FITTING = {"ahead of": ["ahead"], "behind": ["behind"], "level with": ["level"], "not behind": ["ahead", "level"]}
-FEW, TICKS = "too few seeds", [0.25, 0.5, 1, 2, 4, 8]
+FEW, TICKS = "too few seeds", [0.125, 0.25, 0.5, 1, 2, 4, 8, 16]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The claims
@@ -202,6 +202,7 @@ def table(title: str, claims: Sequence[Claim]) -> str:
 
 def picture(claims: Sequence[Claim]) -> plt.Figure:
     """A line for each claim, and at its end whether it holds. Where the claim says that the ratio is, it is grey."""
+    shown = []  # all that must lie within the axis
     figure, axis = plt.subplots(figsize=(WIDTH, 0.31 * len(claims) + 1), layout="constrained")
     for y, claim in enumerate(claims):
         side = {AHEAD: (0.01, 1), BEHIND: (1, 100), LEVEL: (1, 1), NOT_BEHIND: (0.01, 1)}[claim.says]
@@ -218,12 +219,14 @@ def picture(claims: Sequence[Claim]) -> plt.Figure:
                 face = "white" if verdict.word == FEW else style["color"]
                 axis.plot(verdict.mean, height, ms=4.5, mfc=face, **style)
                 axis.plot([verdict.low, verdict.high], [height] * 2, color=style["color"], lw=1.2)
+                shown += [verdict.low, *verdict.ratios, verdict.high]
     axis.axvline(1, color="black", lw=1)
     axis.grid(axis="x", alpha=0.3)
-    axis.set(xscale="log", xlim=(0.2, 12), ylim=(len(claims) - 0.5, -0.5))
-    axis.set_xlabel("← A ahead      ratio of errors, A / B      A behind →")
+    axis.set(xscale="log", ylim=(len(claims) - 0.5, -0.5))
+    axis.set_xlabel("ratio of errors, A / B (left of 1: A is ahead)")
     axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.set_xticks([], minor=True)
+    axis.set_xlim(np.nanmin(shown) / 1.2, np.nanmax(shown) * 1.2)
     axis.set_yticks(range(len(claims)), map(sentence, claims))
     figure.legend(loc="outside upper right", ncols=len(MEASURES))
     return figure

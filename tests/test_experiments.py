@@ -18,7 +18,7 @@ from scipy.stats import ttest_rel
 
 import distill
 import teacher
-from evaluate import Classifier, print_rows, wasserstein2
+from evaluate import Classifier, print_rows, provenance, wasserstein2
 from experiments import __main__, bench, laboratory, table, verdict
 from sample import SeededNoise, sample
 from splam import Schedule, multiple_estimation
@@ -53,7 +53,10 @@ def test_all_variants_are_command_lines_and_all_experiments_are_explained():
 @pytest.mark.parametrize("name", ["fig2c", "fig3", "appb", "symptoms", "decides-width"])
 def test_an_experiment_records_what_it_compares(name, call):
     only = [*table.EXPERIMENTS[name].variants][:: len(table.EXPERIMENTS[name].variants) - 1]  # the first and the last
+    torch.set_num_threads(2)
+    provenance.cache_clear()
     record = quick(call, name, "--only", *only)
+    assert torch.cuda.is_available() or record["machine"] == "CPU, threads: 1"  # how each student was trained
     assert list(record["rows"]) == list(record["students"]) == list(record["summary"]) == only
     assert {"commit", "torch", "diffusers", "machine", "minutes", "command", "references"} <= record.keys()
     assert {path.suffix for path in laboratory.WORK.iterdir()} == {".json", ".png"}  # nothing else is left
@@ -321,13 +324,40 @@ def test_the_tables_of_cifar10_are_those_of_their_records(name, digits):
             assert cell.strip() == (f"{fd.mean():.{digits}f}{spread}{accuracy}" if found else "")
 
 
-def test_the_picture_shows_each_seed_of_each_claim():
-    figure = verdict.picture(verdict.PAPER)
+def test_the_tables_of_text_to_image_are_those_of_their_records():
+    """By w, FD and accuracy; and the students of Table 3, whose k is 100 where none is written."""
+    page, records = (ROOT / "docs/images.md").read_text(), ROOT / "experiments/results"
+    _, by_w = page.split("(record `tiny-sd`) |")
+    runs = json.loads((records / "tiny-sd.json").read_text())
+    assert by_w.splitlines()[0] == "".join(f" {run} |" for run in runs)
+    for label, sampler, n in (
+        ("teacher, 50 steps", "teacher, DDIM", 50), ("teacher, 4 steps", "teacher, DDIM", 4),
+        ("**student**, 1 step", "student", 1), ("2 steps", "student", 2), ("4 steps", "student", 4),
+    ):  # fmt: skip
+        cells = re.search(rf"^\| {re.escape(label)} \| (.*) \|$", by_w, re.MULTILINE)[1].split(" | ")
+        for cell, run in zip(cells, runs.values(), strict=True):
+            (row,) = (row for row in run["rows"] if row["sampler"] == sampler and row["steps"] == n)
+            assert cell == f"{row['FD']:.2f}, {row['prompt accuracy']:.0%}"
+
+    _, table3 = page.split("(record `tab3-tiny-sd`) |")
+    names = table3.splitlines()[0].strip(" |").split(" | ")
+    summary = json.loads((records / "tab3-tiny-sd.json").read_text())["summary"]
+    for steps in ("1 step", "2 steps", "4 steps"):
+        cells = re.search(rf"^\| {steps} \| (.*) \|$", table3, re.MULTILINE)[1].split(" | ")
+        for name, cell in zip(names, cells, strict=True):
+            mean, deviation = summary[name if "k = " in name else f"{name}, k = 100"][f"FD, {steps}"]
+            assert cell == f"{mean:.1f}±{deviation:.1f}"
+
+
+@pytest.mark.parametrize("claims", [verdict.PAPER, verdict.OURS])
+def test_the_picture_shows_each_seed_of_each_claim(claims):
+    figure = verdict.picture(claims)
     (axis,) = figure.axes
     drawn = [np.atleast_1d(line.get_xdata()).tolist() for line in axis.lines]
-    for claim in verdict.PAPER:
+    for claim in claims:
         for found in filter(None, (verdict.decide(claim, measure) for measure in verdict.MEASURES)):
             assert found.ratios.tolist() in drawn and [found.mean] in drawn
-            assert axis.get_xlim()[0] < found.ratios.min() and found.ratios.max() < axis.get_xlim()[1]
-    assert [text.get_text() for text in axis.get_yticklabels()] == [*map(verdict.sentence, verdict.PAPER)]
+            marks = [found.low, *found.ratios, found.high]  # without an interval, two of them are nan
+            assert axis.get_xlim()[0] < np.nanmin(marks) and np.nanmax(marks) < axis.get_xlim()[1]
+    assert [text.get_text() for text in axis.get_yticklabels()] == [*map(verdict.sentence, claims)]
     plt.close(figure)
